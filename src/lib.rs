@@ -1,0 +1,22 @@
+//! Shows a safetensors checkpoint as a quantized one, computed as it is read.
+//!
+//! A *view* is a pure function: given a checkpoint and a recipe, every file's name and exact size
+//! follow from the headers alone, and [`view::View::read_at`] is the only question anyone asks.
+//! FUSE, `export`, `inspect` and this library's users are callers of that one function.
+//!
+//! The modules, in reading order:
+//!
+//! - [`dtype`], [`error`]: element types as safetensors spells them; the one error type.
+//! - [`source`]: the checkpoint being viewed, its headers, catalog and bytes.
+//! - [`quant`]: numerics, reals to codes; pure functions on slices.
+//! - [`recipe`]: which module is quantized how, and why.
+//! - [`mod@format`]: how a quantized checkpoint is written down.
+//! - [`view`]: the virtual checkpoint, its tree and `read_at`.
+//! - [`fuse`], [`mount`]: kernel requests to view calls; a mount's life.
+//! - [`cli`]: the command line.
+
+pub mod dtype;
+pub mod error;
+pub mod recipe;
+pub mod source;
+pub mod view;

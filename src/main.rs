@@ -1,0 +1,3 @@
+//! The `aq-fs` program.
+
+fn main() {}

@@ -1,0 +1,100 @@
+//! Names, element types and shapes of a checkpoint's logical tensors; never their data.
+
+use std::collections::HashMap;
+
+use crate::dtype::Dtype;
+
+/// Position of a tensor in its [`Catalog`].
+pub type TensorId = usize;
+
+/// A range of bytes in one shard.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// Position of the shard in the checkpoint.
+    pub shard: usize,
+    /// Offset of the first byte, from the start of the shard file.
+    pub start: u64,
+    /// Length in bytes.
+    pub len: u64,
+}
+
+/// How a logical tensor's values follow from what is stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Decoder {
+    /// One operand: the elements themselves.
+    Plain,
+}
+
+/// One logical tensor: what it is, and the stored operands it is decoded from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tensor {
+    /// The name by which a loader would know it.
+    pub name: String,
+    /// Its element type once decoded.
+    pub dtype: Dtype,
+    /// Its shape once decoded, outermost dimension first.
+    pub shape: Vec<u64>,
+    /// How `operands` become its elements.
+    pub decoder: Decoder,
+    /// The stored byte ranges; the first one is where the tensor's place in its shard is.
+    pub operands: Vec<Extent>,
+}
+
+impl Tensor {
+    /// The number of elements.
+    pub fn elements(&self) -> u64 {
+        self.shape.iter().product()
+    }
+
+    /// The shard that shows this tensor.
+    pub fn shard(&self) -> usize {
+        self.operands[0].shard
+    }
+
+    /// Bytes that the tensor takes in the source, all operands together.
+    pub fn stored_len(&self) -> u64 {
+        self.operands.iter().map(|operand| operand.len).sum()
+    }
+}
+
+/// Every logical tensor of a checkpoint, in source order: by shard, then by offset.
+#[derive(Clone, Debug, Default)]
+pub struct Catalog {
+    tensors: Vec<Tensor>,
+    by_name: HashMap<String, TensorId>,
+}
+
+impl Catalog {
+    /// A catalog of tensors in the order given.
+    ///
+    /// # Errors
+    /// The positions of two tensors of the same name.
+    pub fn new(tensors: Vec<Tensor>) -> Result<Self, (TensorId, TensorId)> {
+        let mut by_name = HashMap::with_capacity(tensors.len());
+        for (id, tensor) in tensors.iter().enumerate() {
+            if let Some(first) = by_name.insert(tensor.name.clone(), id) {
+                return Err((first, id));
+            }
+        }
+        Ok(Self { tensors, by_name })
+    }
+
+    /// All tensors; a [`TensorId`] is a position in this slice.
+    pub fn tensors(&self) -> &[Tensor] {
+        &self.tensors
+    }
+
+    /// The tensor of that name.
+    pub fn find(&self, name: &str) -> Option<TensorId> {
+        self.by_name.get(name).copied()
+    }
+}
+
+impl std::ops::Index<TensorId> for Catalog {
+    type Output = Tensor;
+
+    fn index(&self, id: TensorId) -> &Tensor {
+        &self.tensors[id]
+    }
+}

@@ -1,0 +1,268 @@
+//! Source files: their identity, plain reads, and memory maps under an LRU.
+
+use std::fs::File;
+use std::num::NonZeroUsize;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::SystemTime;
+
+use lru::LruCache;
+use memmap2::Mmap;
+use parking_lot::Mutex;
+
+use super::guard::Watch;
+use crate::error::{self, Error, Result};
+
+/// One file as it was when it was first opened.
+#[derive(Debug)]
+pub struct SourceFile {
+    id: u64,
+    name: String,
+    path: PathBuf,
+    identity: Identity,
+    modified: SystemTime,
+}
+
+/// What tells one file, in one state, from another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Identity {
+    device: u64,
+    inode: u64,
+    len: u64,
+    modified: (i64, i64),
+}
+
+impl Identity {
+    fn of(metadata: &std::fs::Metadata) -> Self {
+        Self {
+            device: metadata.dev(),
+            inode: metadata.ino(),
+            len: metadata.len(),
+            modified: (metadata.mtime(), metadata.mtime_nsec()),
+        }
+    }
+}
+
+impl SourceFile {
+    /// Opens `dir/name`, symbolic links resolved, and notes what it is now.
+    ///
+    /// # Errors
+    /// `NotFound` or `Io` where it can't be opened, `Corrupt` where it isn't a regular file.
+    pub fn open(dir: &Path, name: &str) -> Result<(Self, File)> {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        let at = |cause| Error::io(name, cause);
+        let path = dir.join(name).canonicalize().map_err(at)?;
+        // Before opening it: to open a FIFO would wait for its writer.
+        if !path.metadata().map_err(at)?.is_file() {
+            return Err(error::corrupt(format!("{name}: not a regular file")));
+        }
+        let file = File::open(&path).map_err(at)?;
+        let metadata = file.metadata().map_err(at)?;
+        let source = Self {
+            id: NEXT.fetch_add(1, Ordering::Relaxed),
+            name: name.to_owned(),
+            path,
+            identity: Identity::of(&metadata),
+            modified: metadata.modified().map_err(at)?,
+        };
+        Ok((source, file))
+    }
+
+    /// The file's name, relative to the directory it was opened in.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The canonical path of the file, symbolic links resolved.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The file's length in bytes.
+    pub fn len(&self) -> u64 {
+        self.identity.len
+    }
+
+    /// Whether the file has no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// When the file was last modified.
+    pub fn modified(&self) -> SystemTime {
+        self.modified
+    }
+
+    fn stale(&self, how: &str) -> Error {
+        error::stale(format!("{}: the file was {how} after it was opened", self.name))
+    }
+}
+
+/// Open source files, the least recently used closed beyond a capacity; shared by every reader.
+///
+/// No lock is held while a source file is touched.
+#[derive(Debug)]
+pub struct SourceFiles {
+    open: Mutex<LruCache<u64, Arc<OpenFile>>>,
+}
+
+#[derive(Debug)]
+struct OpenFile {
+    source: Arc<SourceFile>,
+    file: File,
+    map: OnceLock<Mapped>,
+}
+
+#[derive(Debug)]
+struct Mapped {
+    // Before the map: the watch must end before its addresses are given back.
+    watch: Watch,
+    map: Mmap,
+}
+
+impl SourceFiles {
+    /// At most `capacity` files are kept open and mapped.
+    pub fn new(capacity: NonZeroUsize) -> Self {
+        Self { open: Mutex::new(LruCache::new(capacity)) }
+    }
+
+    /// Fills `buf` from `offset` of the file, without mapping it into memory.
+    ///
+    /// # Errors
+    /// `Stale` where the file is no longer what it was when the checkpoint was opened, `Io` where
+    /// the read fails.
+    pub fn read_exact_at(
+        &self,
+        source: &Arc<SourceFile>,
+        offset: u64,
+        buf: &mut [u8],
+    ) -> Result<()> {
+        let open = self.get(source)?;
+        let outcome = open.file.read_exact_at(buf, offset);
+        open.verify()?;
+        outcome.map_err(|cause| Error::io(source.name(), cause))
+    }
+
+    /// Shows `f` a range of the mapped file and returns what `f` made of it, provided that the
+    /// file was still whole afterwards. The range's pages are then given back.
+    ///
+    /// # Errors
+    /// `Stale` where the file is no longer what it was when the checkpoint was opened; what `f`
+    /// returned is dropped, as it may have seen zeros.
+    pub fn with_bytes<T>(
+        &self,
+        source: &Arc<SourceFile>,
+        start: u64,
+        len: u64,
+        f: impl FnOnce(&[u8]) -> T,
+    ) -> Result<T> {
+        let open = self.get(source)?;
+        // A file that is known to have shrunk isn't touched at all.
+        open.verify()?;
+        let range = start as usize..(start + len) as usize;
+        let map = open.map()?;
+        let out = f(&map[range.clone()]);
+        open.verify()?;
+        if !range.is_empty() {
+            drop_pages(map, range);
+        }
+        Ok(out)
+    }
+
+    /// Asks the kernel to read a file into its page cache, and returns at once.
+    ///
+    /// # Errors
+    /// `Stale` or `Io` where the file can't be opened.
+    pub fn prefetch(&self, source: &Arc<SourceFile>) -> Result<()> {
+        let open = self.get(source)?;
+        open.map()?
+            .advise(memmap2::Advice::WillNeed)
+            .map_err(|cause| Error::io(format_args!("prefetch {}", source.name()), cause))
+    }
+
+    /// Closes every file that nobody is reading.
+    pub fn clear(&self) {
+        self.open.lock().clear();
+    }
+
+    /// The number of files open, and the bytes of address space that they map.
+    pub fn mapped(&self) -> (usize, u64) {
+        let open = self.open.lock();
+        let mapped = open.iter().filter_map(|(_, file)| file.map.get());
+        (open.len(), mapped.map(|mapped| mapped.map.len() as u64).sum())
+    }
+
+    fn get(&self, source: &Arc<SourceFile>) -> Result<Arc<OpenFile>> {
+        if let Some(open) = self.open.lock().get(&source.id) {
+            return Ok(open.clone());
+        }
+        let open = Arc::new(OpenFile::new(source.clone())?);
+        // What falls out is dropped after the lock is: unmapping takes a while.
+        let evicted = self.open.lock().push(source.id, open.clone());
+        drop(evicted);
+        Ok(open)
+    }
+}
+
+impl OpenFile {
+    fn new(source: Arc<SourceFile>) -> Result<Self> {
+        let file = File::open(&source.path).map_err(|cause| match cause.kind() {
+            std::io::ErrorKind::NotFound => source.stale("deleted"),
+            _ => Error::io(source.name(), cause),
+        })?;
+        let metadata = file.metadata().map_err(|cause| Error::io(source.name(), cause))?;
+        if Identity::of(&metadata) != source.identity {
+            return Err(source.stale("changed or replaced"));
+        }
+        Ok(Self { source, file, map: OnceLock::new() })
+    }
+
+    /// The whole file, mapped when first asked for.
+    fn map(&self) -> Result<&Mmap> {
+        if let Some(mapped) = self.map.get() {
+            return Ok(&mapped.map);
+        }
+        let map = map(&self.file)
+            .map_err(|cause| Error::io(format_args!("map {}", self.source.name()), cause))?;
+        let watch = Watch::new(&map);
+        Ok(&self.map.get_or_init(|| Mapped { watch, map }).map)
+    }
+
+    /// Fails where the file has been truncated, written, replaced or deleted since it was opened.
+    fn verify(&self) -> Result<()> {
+        if self.map.get().is_some_and(|mapped| mapped.watch.faulted()) {
+            return Err(self.source.stale("truncated"));
+        }
+        let metadata =
+            self.file.metadata().map_err(|cause| Error::io(self.source.name(), cause))?;
+        if metadata.nlink() == 0 {
+            return Err(self.source.stale("deleted or replaced"));
+        }
+        if metadata.len() < self.source.len() {
+            return Err(self.source.stale("truncated"));
+        }
+        if Identity::of(&metadata) != self.source.identity {
+            return Err(self.source.stale("changed"));
+        }
+        Ok(())
+    }
+}
+
+#[expect(unsafe_code, reason = "a map is only as constant as its file")]
+fn map(file: &File) -> std::io::Result<Mmap> {
+    // SAFETY: the map is read through `with_bytes` alone, as bytes, which have no invalid values;
+    // a file that shrinks is caught by `Watch`, one that changes by `verify`, and either way what
+    // was read is thrown away.
+    unsafe { Mmap::map(file) }
+}
+
+#[expect(unsafe_code, reason = "MADV_DONTNEED discards what a private map has written")]
+fn drop_pages(map: &Mmap, range: std::ops::Range<usize>) {
+    // SAFETY: the map is read-only and backed by a file, so a page that is dropped comes back with
+    // the same bytes. Advice that fails changes nothing.
+    let _ = unsafe {
+        map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, range.start, range.len())
+    };
+}

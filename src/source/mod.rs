@@ -1,0 +1,243 @@
+//! The checkpoint being viewed: its headers, catalog and source bytes.
+//!
+//! Everything that can be wrong with a checkpoint is found by [`Checkpoint::open`], which reads
+//! headers and configs only. After that a read fails only where the source changed or the disk did.
+//! Nothing here knows about quantization formats, views or mounts, and nothing here ever writes.
+
+mod catalog;
+mod file;
+mod guard;
+mod header;
+mod index;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use serde_json::{Map, Value};
+
+pub use catalog::{Catalog, Decoder, Extent, Tensor, TensorId};
+pub use file::{SourceFile, SourceFiles};
+pub use header::{Entry, Header, MAX_HEADER_BYTES};
+pub use index::{INDEX_SUFFIX, Index, find_index_file};
+
+use crate::error::{self, Error, ErrorKind, Result};
+
+/// A checkpoint opened for reading: one model, in one directory.
+#[derive(Debug)]
+pub struct Checkpoint {
+    dir: PathBuf,
+    catalog: Catalog,
+    shards: Vec<Shard>,
+    index: Option<Index>,
+    config: Option<Config>,
+}
+
+/// One safetensors file of a checkpoint.
+#[derive(Debug)]
+pub struct Shard {
+    /// The file.
+    pub file: Arc<SourceFile>,
+    /// Its header's `__metadata__`.
+    pub metadata: Vec<(String, String)>,
+}
+
+/// A checkpoint's `config.json`.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// The file's text.
+    pub text: String,
+    /// The same, parsed. Bare `NaN` and `Infinity`, which Python writes, read as `null`.
+    pub value: Value,
+}
+
+impl Checkpoint {
+    /// Opens a checkpoint: a directory, or the path of its index or of its only weight file.
+    /// Symbolic links, as a Hub cache has them, are followed.
+    ///
+    /// # Errors
+    /// `NotFound` where there is no such model; `Corrupt` with file and tensor where headers, index
+    /// and files contradict each other; `Unsupported` where it isn't clear what belongs to the
+    /// checkpoint; `Io` where something can't be read.
+    pub fn open(path: &Path) -> Result<Self> {
+        let metadata = path.metadata().map_err(|cause| Error::io(path.display(), cause))?;
+        let (dir, index, names) = if metadata.is_dir() {
+            match find_index_file(path)? {
+                Some(index) => (path, Some(Index::read(&index)?), Vec::new()),
+                None => (path, None, index::unindexed_shards(path)?),
+            }
+        } else {
+            let dir = match path.parent() {
+                Some(parent) if parent != Path::new("") => parent,
+                _ => Path::new("."),
+            };
+            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            if name.ends_with(INDEX_SUFFIX) {
+                (dir, Some(Index::read(path)?), Vec::new())
+            } else if name.ends_with(".safetensors") {
+                (dir, None, vec![name])
+            } else {
+                return Err(error::unsupported(format!(
+                    "{}: neither a model directory nor a safetensors file or index",
+                    path.display()
+                )));
+            }
+        };
+        Self::assemble(dir, index, names)
+    }
+
+    fn assemble(dir: &Path, index: Option<Index>, names: Vec<String>) -> Result<Self> {
+        let dir = dir.canonicalize().map_err(|cause| Error::io(dir.display(), cause))?;
+        let names = index.as_ref().map_or(names, |index| index.shards.clone());
+        let mut shards = Vec::with_capacity(names.len());
+        let mut tensors = Vec::new();
+        for (position, name) in names.into_iter().enumerate() {
+            let (shard, entries) = Shard::open(&dir, &name).map_err(|error| match &index {
+                Some(index) if error.kind() == ErrorKind::NotFound => error::corrupt(format!(
+                    "{}: names shard {name}, which is missing",
+                    index.file_name
+                )),
+                _ => error,
+            })?;
+            shards.push(shard);
+            tensors.extend(entries.into_iter().map(|entry| Tensor {
+                name: entry.name,
+                dtype: entry.dtype,
+                shape: entry.shape,
+                decoder: Decoder::Plain,
+                operands: vec![Extent { shard: position, start: entry.start, len: entry.len }],
+            }));
+        }
+        let places: Vec<(String, usize)> =
+            tensors.iter().map(|tensor| (tensor.name.clone(), tensor.shard())).collect();
+        let catalog = Catalog::new(tensors).map_err(|(first, second)| {
+            let shard = |id: usize| shards[places[id].1].file.name();
+            error::corrupt(format!(
+                "`{}` stands both in {} and in {}",
+                places[first].0,
+                shard(first),
+                shard(second)
+            ))
+        })?;
+        if let Some(index) = &index {
+            check_index(index, &catalog)?;
+        }
+        let config = Config::read(&dir)?;
+        Ok(Self { dir, catalog, shards, index, config })
+    }
+
+    /// The canonical path of the directory that holds the checkpoint.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Every logical tensor.
+    pub fn catalog(&self) -> &Catalog {
+        &self.catalog
+    }
+
+    /// The shard files, in name order; a tensor's [`Extent::shard`] is a position in this slice.
+    pub fn shards(&self) -> &[Shard] {
+        &self.shards
+    }
+
+    /// The index, where the checkpoint has one.
+    pub fn index(&self) -> Option<&Index> {
+        self.index.as_ref()
+    }
+
+    /// `config.json`, where the checkpoint has one.
+    pub fn config(&self) -> Option<&Config> {
+        self.config.as_ref()
+    }
+
+    /// The index's `metadata`, empty where there is no index.
+    pub fn index_metadata(&self) -> Map<String, Value> {
+        self.index.as_ref().map(|index| index.metadata.clone()).unwrap_or_default()
+    }
+}
+
+impl Shard {
+    fn open(dir: &Path, name: &str) -> Result<(Self, Vec<Entry>)> {
+        let (source, file) = SourceFile::open(dir, name)?;
+        let header = Header::read(&file, source.len()).map_err(|error| error.within(name))?;
+        Ok((Self { file: Arc::new(source), metadata: header.metadata }, header.entries))
+    }
+}
+
+/// Every tensor of the index must be in the shard that the index names.
+fn check_index(index: &Index, catalog: &Catalog) -> Result<()> {
+    let mut wrong: Vec<(&str, usize)> = index
+        .weight_map
+        .iter()
+        .filter(|(name, shard)| catalog.find(name).is_none_or(|id| catalog[id].shard() != **shard))
+        .map(|(name, shard)| (name.as_str(), *shard))
+        .collect();
+    wrong.sort_unstable();
+    match wrong.first() {
+        None => Ok(()),
+        Some((name, shard)) => Err(error::corrupt(format!(
+            "{}: `{name}` is not in shard {}",
+            index.file_name, index.shards[*shard]
+        ))),
+    }
+}
+
+impl Config {
+    /// Reads `config.json` of a directory; `None` where it has none.
+    ///
+    /// # Errors
+    /// `Corrupt` where it isn't a JSON object, `Io` where it can't be read.
+    pub fn read(dir: &Path) -> Result<Option<Self>> {
+        let path = dir.join("config.json");
+        match std::fs::read_to_string(&path) {
+            Ok(text) => Self::parse(text).map(Some),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(error) if error.kind() == std::io::ErrorKind::InvalidData => {
+                Err(error::corrupt("config.json: not UTF-8"))
+            }
+            Err(error) => Err(Error::io(path.display(), error)),
+        }
+    }
+
+    /// Parses the text of a `config.json`.
+    ///
+    /// # Errors
+    /// `Corrupt` where it isn't a JSON object.
+    pub fn parse(text: String) -> Result<Self> {
+        let value: Value = serde_json::from_str(&without_bare_floats(&text))
+            .map_err(|cause| Error::caused(ErrorKind::Corrupt, "config.json", cause))?;
+        if !value.is_object() {
+            return Err(error::corrupt("config.json: not an object"));
+        }
+        Ok(Self { text, value })
+    }
+}
+
+/// JSON as Python writes it, with `NaN`, `Infinity` and `-Infinity` outside of strings made `null`.
+fn without_bare_floats(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    let mut rest = text;
+    let mut in_string = false;
+    while let Some(c) = rest.chars().next() {
+        let bare = ["NaN", "Infinity", "-Infinity"].into_iter().find(|w| rest.starts_with(w));
+        let taken = match (in_string, c, bare) {
+            (true, '\\', _) => 1 + rest[1..].chars().next().map_or(0, char::len_utf8),
+            (false, _, Some(word)) => {
+                out.push_str("null");
+                rest = &rest[word.len()..];
+                continue;
+            }
+            (_, '"', _) => {
+                in_string = !in_string;
+                1
+            }
+            _ => c.len_utf8(),
+        };
+        out.push_str(&rest[..taken]);
+        rest = &rest[taken..];
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests;
