@@ -186,7 +186,7 @@ impl<'a> Evidence<'a> {
             self.fused_attention.insert(module);
         } else if parameter.starts_with("logit_scale") || parameter.starts_with("logit_bias") {
             self.contrastive |= tensor.shape.iter().product::<u64>() == 1;
-        } else if tensor.shape.len() == 2 && is_token_table(split_last(module).1) {
+        } else if tensor.shape.len() == 2 && is_vocabulary(split_last(module).1) {
             self.token_tables.push(module);
         }
         // Only up to the first numbered block: beyond it every path repeats.
@@ -198,7 +198,7 @@ impl<'a> Evidence<'a> {
                     self.mixtures.insert(parent);
                     break;
                 }
-                "language_model" | "text_model" | "llm" => {
+                "language_model" | "llm" => {
                     self.language_parents.insert(parent);
                 }
                 _ => {}
@@ -223,13 +223,16 @@ impl<'a> Evidence<'a> {
             return Kind::Other(Reason::NotAMatrix);
         };
         let kind = self.nature(tensor, module);
-        if kind != Kind::Linear {
+        if matches!(kind, Kind::Other(_)) {
             return kind;
         }
         let block = before_number(module);
         let part = *parts.entry(block).or_insert_with(|| self.part(block));
-        if let Some(reason) = part {
-            return Kind::Spared(reason);
+        match (kind, part) {
+            (Kind::Linear, Some(reason)) => return Kind::Spared(reason),
+            (Kind::Doubtful(_), Some(reason)) => return Kind::Doubtful(reason),
+            (Kind::Linear, None) => {}
+            _ => return kind,
         }
         if is_router(module) {
             return Kind::Spared(Reason::Router);
@@ -267,7 +270,7 @@ impl<'a> Evidence<'a> {
             Some(_) => Kind::Doubtful(Reason::Unproven),
             None if HEADS.contains(&leaf) => Kind::Linear,
             None if is_token_table(leaf) => Kind::Other(Reason::Embedding),
-            None if is_table(leaf) || is_table(split_last(parent).1) && !is_projection(leaf) => {
+            None if is_table(leaf) || is_embedding(parent) && !is_projection(leaf) => {
                 Kind::Doubtful(Reason::Embedding)
             }
             None if is_linear_name(parent, leaf) => Kind::Linear,
@@ -325,6 +328,11 @@ struct Sense;
 
 impl Sense {
     fn of(component: &str) -> Option<Reason> {
+        match component {
+            "mlp_AR" => return Some(Reason::Projector),
+            "sam_model" => return Some(Reason::VisionTower),
+            _ => {}
+        }
         let mut found = None;
         for word in words(component) {
             match word {
@@ -454,6 +462,24 @@ fn words(component: &str) -> impl Iterator<Item = &str> {
     component.split('_').map(|word| word.trim_end_matches(|c: char| c.is_ascii_digit()))
 }
 
+/// A table of tokens as language models call it. The text side of a contrastive or a segmenting
+/// model says `token_embedding`, and makes no tower of the other side.
+fn is_vocabulary(leaf: &str) -> bool {
+    matches!(
+        leaf,
+        "embed_tokens"
+            | "wte"
+            | "word_embeddings"
+            | "word_embedding"
+            | "tok_embeddings"
+            | "tokens_embed"
+            | "shared"
+            | "embed_in"
+            | "embedding"
+            | "embeddings"
+    )
+}
+
 /// A table of tokens or of their positions, under a name that only tables have.
 fn is_token_table(leaf: &str) -> bool {
     matches!(
@@ -479,6 +505,11 @@ fn is_token_table(leaf: &str) -> bool {
             | "embeddings"
             | "relative_attention_bias"
     )
+}
+
+/// A module whose name says that it embeds, so that an unusual name inside proves nothing.
+fn is_embedding(module: &str) -> bool {
+    words(split_last(module).1).any(|word| word.starts_with("embed"))
 }
 
 /// A word that says that something is multiplied, whatever else is in the name.
@@ -572,7 +603,7 @@ fn is_linear_word(word: &str) -> bool {
         "mlp", "ffn", "ffw", "ff", "q", "k", "v", "o", "qkv", "kv", "qk", "qkvz", "query", "key",
         "value", "wq", "wk", "wv", "wo", "wr", "wi", "wkv", "wqkv", "Wq", "Wk", "Wv", "Wo", "Wi",
         "Wkv", "Wqkv", "wgate", "up", "down", "out", "output", "head", "score", "classifier",
-        "unembed", "reduction", "receptance", "adapter",
+        "unembed", "preact", "reduction", "receptance", "adapter",
     ];
     WORDS.contains(&word)
 }
