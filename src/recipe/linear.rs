@@ -1,0 +1,635 @@
+//! Which tensors are weights of a Linear, told from a checkpoint's headers alone.
+//!
+//! Loaders replace every `Linear` of the model's code that `ignore` does not name, but a checkpoint
+//! holds names and shapes, not code. [`classify`] reads the evidence in three steps: what a tensor
+//! *is* (its rank, its bias, the words of its name, and a short table of architectures whose loader
+//! rearranges tensors), what part of the model it *serves* (output head, router, tower, projector),
+//! and from both what to do with it. A weight is only called [`Kind::Linear`] when it is provably
+//! one; a doubtful one is kept and belongs into `ignore` all the same.
+
+use std::collections::{HashMap, HashSet};
+
+use serde_json::Value;
+
+/// Why a tensor is kept as it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Reason {
+    /// Not a floating-point tensor.
+    NotFloat,
+    /// A bias, a norm, a convolution, a table of parameters: whatever is not a `weight` of rank 2.
+    NotAMatrix,
+    /// A lookup table: tokens, positions, token types, codebooks.
+    Embedding,
+    /// GPT-2's `Conv1D`, stored `[in, out]`.
+    TransposedConv1d,
+    /// Read by fused attention code that never calls the Linear.
+    FusedAttention,
+    /// The loader splits, merges or permutes this tensor, which it can't do to packed codes.
+    Rearranged,
+    /// Picks experts, or mixes their outputs.
+    Router,
+    /// The last layer: logits, scores, labels.
+    OutputHead,
+    /// An image or video encoder beside a language model.
+    VisionTower,
+    /// A sound encoder beside a language model.
+    AudioTower,
+    /// Leads from a tower to the language model.
+    Projector,
+    /// Might be a Linear; nothing proves it.
+    Unproven,
+}
+
+impl Reason {
+    /// The reason in a few words.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::NotFloat => "not floating point",
+            Self::NotAMatrix => "not a matrix of weights",
+            Self::Embedding => "embedding",
+            Self::TransposedConv1d => "transposed Conv1D",
+            Self::FusedAttention => "read by fused attention",
+            Self::Rearranged => "rearranged by the loader",
+            Self::Router => "router",
+            Self::OutputHead => "output head",
+            Self::VisionTower => "vision tower",
+            Self::AudioTower => "audio tower",
+            Self::Projector => "projector",
+            Self::Unproven => "not provably a Linear",
+        }
+    }
+}
+
+impl std::fmt::Display for Reason {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// What a tensor is to a loader that replaces Linears.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Kind {
+    /// Provably the weight of a Linear, `[out, in]`: to be quantized.
+    Linear,
+    /// Provably the weight of a Linear, kept because of the part it plays. It can be opted in, and
+    /// its module belongs into `ignore` unless it is.
+    Spared(Reason),
+    /// Possibly the weight of a Linear: never quantized, and its module belongs into `ignore`.
+    Doubtful(Reason),
+    /// Not the weight of a Linear.
+    Other(Reason),
+}
+
+impl Kind {
+    /// Whether the loader may have a Linear here, so that keeping the tensor means naming its module
+    /// in `ignore`.
+    pub fn may_be_linear(self) -> bool {
+        !matches!(self, Self::Other(_))
+    }
+
+    /// Why the tensor is kept; `None` for a Linear.
+    pub fn reason(self) -> Option<Reason> {
+        match self {
+            Self::Linear => None,
+            Self::Spared(reason) | Self::Doubtful(reason) | Self::Other(reason) => Some(reason),
+        }
+    }
+}
+
+/// One tensor, as far as this module needs to know it.
+#[derive(Clone, Copy, Debug)]
+pub struct Entry<'a> {
+    /// Its full name.
+    pub name: &'a str,
+    /// Its shape, outermost dimension first.
+    pub shape: &'a [u64],
+    /// Whether its elements are floating-point numbers of 16 bits or more.
+    pub is_float: bool,
+}
+
+/// The kind of every tensor of a checkpoint, in the order given. `config` is the parsed
+/// `config.json`, where there is one.
+pub fn classify(tensors: &[Entry<'_>], config: Option<&Value>) -> Vec<Kind> {
+    let evidence = Evidence::gather(tensors, config);
+    let mut parts = HashMap::new();
+    tensors.iter().map(|tensor| evidence.kind(tensor, &mut parts)).collect()
+}
+
+/// What the whole catalog and the config say, gathered before any tensor is judged.
+struct Evidence<'a> {
+    /// Length of every bias of rank 1, by module.
+    biases: HashMap<&'a str, u64>,
+    /// Modules with an `in_proj_weight`: torch's own multi-head attention.
+    fused_attention: HashSet<&'a str>,
+    /// Some bias of a `c_*` module is as long as the weight is wide.
+    conv1d: bool,
+    /// Modules that hold `experts`.
+    mixtures: HashSet<&'a str>,
+    /// Modules that look tokens up.
+    token_tables: Vec<&'a str>,
+    /// Parents of a module named as the language model.
+    language_parents: HashSet<&'a str>,
+    /// Encoders of equal rank, compared by a scaled product: none of them is a tower.
+    contrastive: bool,
+    /// Every `model_type` in the config, nested ones included.
+    model_types: Vec<&'a str>,
+    /// Every vocabulary size in the config.
+    vocabularies: Vec<u64>,
+}
+
+impl<'a> Evidence<'a> {
+    fn gather(tensors: &[Entry<'a>], config: Option<&'a Value>) -> Self {
+        let mut evidence = Self {
+            biases: HashMap::new(),
+            fused_attention: HashSet::new(),
+            conv1d: false,
+            mixtures: HashSet::new(),
+            token_tables: Vec::new(),
+            language_parents: HashSet::new(),
+            contrastive: false,
+            model_types: Vec::new(),
+            vocabularies: Vec::new(),
+        };
+        if let Some(config) = config {
+            evidence.read_config(config);
+        }
+        for tensor in tensors {
+            evidence.note(tensor);
+        }
+        evidence.conv1d = evidence.model_types.iter().any(|kind| CONV1D_TYPES.contains(kind))
+            || tensors.iter().any(|tensor| evidence.is_transposed(tensor));
+        evidence
+    }
+
+    fn read_config(&mut self, value: &'a Value) {
+        let Value::Object(map) = value else { return };
+        for (key, value) in map {
+            match value {
+                Value::String(text) if key == "model_type" => self.model_types.push(text),
+                Value::Number(number) if key.contains("vocab_size") => {
+                    self.vocabularies.extend(number.as_u64());
+                }
+                Value::Object(_) if key != "quantization_config" => self.read_config(value),
+                _ => {}
+            }
+        }
+    }
+
+    fn note(&mut self, tensor: &Entry<'a>) {
+        let (module, parameter) = split_last(tensor.name);
+        if parameter == "bias" {
+            if let [len] = *tensor.shape {
+                self.biases.insert(module, len);
+            }
+        } else if parameter == "in_proj_weight" || parameter == "in_proj_bias" {
+            self.fused_attention.insert(module);
+        } else if parameter.starts_with("logit_scale") || parameter.starts_with("logit_bias") {
+            self.contrastive |= tensor.shape.iter().product::<u64>() == 1;
+        } else if tensor.shape.len() == 2 && is_token_table(split_last(module).1) {
+            self.token_tables.push(module);
+        }
+        // Only up to the first numbered block: beyond it every path repeats.
+        let mut start = 0;
+        for component in tensor.name.split('.') {
+            let parent = tensor.name[..start].trim_end_matches('.');
+            match component {
+                "experts" => {
+                    self.mixtures.insert(parent);
+                    break;
+                }
+                "language_model" | "text_model" | "llm" => {
+                    self.language_parents.insert(parent);
+                }
+                _ => {}
+            }
+            start += component.len() + 1;
+        }
+    }
+
+    /// The bias is as long as the weight is wide, and not as it is high.
+    fn is_transposed(&self, tensor: &Entry<'_>) -> bool {
+        let [rows, columns] = *tensor.shape else { return false };
+        let Some(module) = tensor.name.strip_suffix(".weight") else { return false };
+        rows != columns && self.biases.get(module) == Some(&columns)
+    }
+
+    fn kind(&self, tensor: &Entry<'a>, parts: &mut HashMap<&'a str, Option<Reason>>) -> Kind {
+        let [rows, _] = *tensor.shape else { return Kind::Other(Reason::NotAMatrix) };
+        if !tensor.is_float {
+            return Kind::Other(Reason::NotFloat);
+        }
+        let Some(module) = tensor.name.strip_suffix(".weight") else {
+            return Kind::Other(Reason::NotAMatrix);
+        };
+        let kind = self.nature(tensor, module);
+        if kind != Kind::Linear {
+            return kind;
+        }
+        let block = before_number(module);
+        let part = *parts.entry(block).or_insert_with(|| self.part(block));
+        if let Some(reason) = part {
+            return Kind::Spared(reason);
+        }
+        if is_router(module) {
+            return Kind::Spared(Reason::Router);
+        }
+        if self.is_output_head(module, rows) {
+            return Kind::Spared(Reason::OutputHead);
+        }
+        Kind::Linear
+    }
+
+    /// What the tensor is, whatever it is for.
+    fn nature(&self, tensor: &Entry<'_>, module: &str) -> Kind {
+        let [rows, columns] = *tensor.shape else { return Kind::Other(Reason::NotAMatrix) };
+        let (parent, leaf) = split_last(module);
+        if self.conv1d && CONV1D_NAMES.contains(&leaf) {
+            return Kind::Other(Reason::TransposedConv1d);
+        }
+        let bias = self.biases.get(module).copied();
+        if bias == Some(columns) && rows != columns {
+            return Kind::Other(Reason::TransposedConv1d);
+        }
+        if self.model_types.iter().any(|kind| is_rearranged(kind, module, leaf)) {
+            return Kind::Doubtful(Reason::Rearranged);
+        }
+        if leaf == "out_proj" && self.fused_attention.contains(parent) {
+            return Kind::Doubtful(Reason::FusedAttention);
+        }
+        // A mixture's gate is often a module of its own, with a bias or without.
+        if is_router(module) || (leaf == "gate" && self.mixtures.contains(parent)) {
+            return Kind::Doubtful(Reason::Router);
+        }
+        match bias {
+            // No lookup table has a bias.
+            Some(len) if len == rows => Kind::Linear,
+            Some(_) => Kind::Doubtful(Reason::Unproven),
+            None if HEADS.contains(&leaf) => Kind::Linear,
+            None if is_token_table(leaf) => Kind::Other(Reason::Embedding),
+            None if is_table(leaf) || is_table(split_last(parent).1) && !is_projection(leaf) => {
+                Kind::Doubtful(Reason::Embedding)
+            }
+            None if is_linear_name(parent, leaf) => Kind::Linear,
+            None => Kind::Doubtful(Reason::Unproven),
+        }
+    }
+
+    /// The part of the model that all modules of a block serve, where that keeps them.
+    fn part(&self, block: &str) -> Option<Reason> {
+        if self.contrastive {
+            return None;
+        }
+        let mut start = 0;
+        for component in block.split('.') {
+            let parent = block[..start].trim_end_matches('.');
+            start += component.len();
+            let path = &block[..start];
+            start += 1;
+            if matches!(component, "language_model" | "text_model" | "llm") {
+                return None;
+            }
+            let sense = Sense::of(component);
+            let beside_language = self.language_parents.contains(parent);
+            let reason = match sense {
+                Some(reason) => reason,
+                None if beside_language && !HEADS.contains(&component) => Reason::Projector,
+                None => continue,
+            };
+            let holds_tokens = self.token_tables.iter().any(|table| is_within(table, path));
+            let tokens_elsewhere = self.token_tables.iter().any(|table| !is_within(table, path));
+            if !holds_tokens && tokens_elsewhere {
+                return Some(reason);
+            }
+        }
+        None
+    }
+
+    fn is_output_head(&self, module: &str, rows: u64) -> bool {
+        let (parent, leaf) = split_last(module);
+        let name = if is_number(leaf) { split_last(parent).1 } else { leaf };
+        if HEADS.contains(&name) && before_number(parent).len() == parent.len() {
+            return true;
+        }
+        // Inside a head, the layer that makes the scores.
+        if !matches!(leaf, "out_proj" | "decoder" | "out" | "proj" | "output") && !is_number(leaf) {
+            return false;
+        }
+        let in_head = parent.split('.').any(|component| HEADS.contains(&component));
+        in_head && before_number(parent).len() == parent.len()
+            || leaf == "decoder" && self.vocabularies.contains(&rows)
+    }
+}
+
+/// What the words of one component of a name say about the part that it begins.
+struct Sense;
+
+impl Sense {
+    fn of(component: &str) -> Option<Reason> {
+        let mut found = None;
+        for word in words(component) {
+            match word {
+                "projector" | "connector" | "merger" | "aligner" | "resampler" | "mm"
+                | "multimodal" => return Some(Reason::Projector),
+                // Layers that mix both, rather than encode one.
+                "cross" => return None,
+                "vision" | "visual" | "image" | "img" | "video" | "vit" | "pixel" => {
+                    found = Some(Reason::VisionTower);
+                }
+                "audio" | "speech" | "sound" | "acoustic" => found = Some(Reason::AudioTower),
+                _ => {}
+            }
+        }
+        found
+    }
+}
+
+/// Names of the last layer of a model, where they stand outside of any numbered block.
+const HEADS: &[&str] = &[
+    "lm_head",
+    "lm_heads",
+    "head",
+    "heads",
+    "score",
+    "classifier",
+    "classifiers",
+    "cls_classifier",
+    "distillation_classifier",
+    "qa_outputs",
+    "qa_output",
+    "proj_out",
+    "embed_out",
+    "output_projection",
+    "logits_proj",
+    "logits_dense",
+    "unembed",
+    "unembedding_projection",
+    "vocab_projector",
+    "seq_relationship",
+    "audio_lm_head",
+    "codec_head",
+    "ctc_head",
+    "ctc_proj",
+    "lm_loss",
+    "generator_lm_head",
+    "cls",
+    "class_head",
+    "class_embed",
+    "bbox_embed",
+    "class_labels_classifier",
+    "bbox_predictor",
+    "dense_prediction",
+    "pred_layer",
+    "summary",
+    "span_head",
+    "start_classifier",
+    "end_classifier",
+];
+
+/// Architectures whose `c_*` modules are GPT-2's `Conv1D`, where square weights leave no trace of it.
+const CONV1D_TYPES: &[&str] =
+    &["gpt2", "openai-gpt", "imagegpt", "decision_transformer", "gpt-sw3", "clvp"];
+
+const CONV1D_NAMES: &[&str] = &["c_attn", "c_proj", "c_fc", "q_attn"];
+
+/// Whether the loader of that architecture splits, merges or permutes the module's weight, or
+/// replaces Linear by a class of its own.
+fn is_rearranged(model_type: &str, module: &str, leaf: &str) -> bool {
+    match model_type {
+        "nomic_bert" | "jina_embeddings_v3" => leaf == "Wqkv",
+        "gte" => matches!(leaf, "qkv_proj" | "up_gate_proj"),
+        "hrm_text" => matches!(leaf, "gqkv_proj" | "gate_up_proj"),
+        "molmo2" | "molmo2_text" => matches!(leaf, "ff_proj" | "att_proj"),
+        "sapiens2" => leaf == "w12",
+        "tipsv2"
+        | "tipsv2_vision_model"
+        | "tipsv2_dpt"
+        | "radio"
+        | "qianfan_ocr"
+        | "nemotron_h_omni" => leaf == "qkv",
+        "nemo_speechlm" => leaf == "w_qkv",
+        "gradium_phonon_tts" => leaf == "in_proj",
+        "kimi_k25" => leaf == "wqkv",
+        "unlimited_ocr" => leaf == "qkv_proj" && module.contains("vision"),
+        "mistral_large4" => matches!(leaf, "wq" | "wk") && module.contains("vision"),
+        "minimax_m3_vl" => {
+            matches!(leaf, "gate_proj" | "up_proj") && module.contains(".shared_experts.")
+        }
+        "ernie4_5_vl_moe" => module.contains(".experts."),
+        // Its own quantized Linear, with integer buffers beside the weight.
+        "ibert" => true,
+        _ => false,
+    }
+}
+
+/// The part of a name before its last dot, and the one after it.
+fn split_last(name: &str) -> (&str, &str) {
+    name.rsplit_once('.').unwrap_or(("", name))
+}
+
+fn is_number(component: &str) -> bool {
+    !component.is_empty() && component.bytes().all(|byte| byte.is_ascii_digit())
+}
+
+/// The path up to its first numbered component, or all of it.
+fn before_number(path: &str) -> &str {
+    let mut start = 0;
+    for component in path.split('.') {
+        if is_number(component) {
+            return path[..start].trim_end_matches('.');
+        }
+        start += component.len() + 1;
+    }
+    path
+}
+
+fn is_within(path: &str, parent: &str) -> bool {
+    path.strip_prefix(parent).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+}
+
+/// The words of a component: split at underscores, without trailing digits.
+fn words(component: &str) -> impl Iterator<Item = &str> {
+    component.split('_').map(|word| word.trim_end_matches(|c: char| c.is_ascii_digit()))
+}
+
+/// A table of tokens or of their positions, under a name that only tables have.
+fn is_token_table(leaf: &str) -> bool {
+    matches!(
+        leaf,
+        "embed_tokens"
+            | "wte"
+            | "wpe"
+            | "word_embeddings"
+            | "word_embedding"
+            | "tok_embeddings"
+            | "token_embedding"
+            | "token_embeddings"
+            | "tokens_embed"
+            | "positions_embed"
+            | "embed_positions"
+            | "position_embedding"
+            | "position_embeddings"
+            | "token_type_embeddings"
+            | "shared"
+            | "embed_in"
+            | "embed"
+            | "embedding"
+            | "embeddings"
+            | "relative_attention_bias"
+    )
+}
+
+/// A word that says that something is multiplied, whatever else is in the name.
+fn is_projection(leaf: &str) -> bool {
+    words(leaf).any(|word| {
+        matches!(
+            word,
+            "proj"
+                | "projection"
+                | "projections"
+                | "projector"
+                | "project"
+                | "dense"
+                | "linear"
+                | "fc"
+                | "lin"
+                | "mlp"
+        )
+    })
+}
+
+/// A module named as lookup tables and learned queries are, so that a bias would have to prove that
+/// it is a Linear.
+fn is_table(leaf: &str) -> bool {
+    let is_word = |word: &str| {
+        matches!(
+            word,
+            "embed"
+                | "embeds"
+                | "embedding"
+                | "embeddings"
+                | "embedder"
+                | "emb"
+                | "codebook"
+                | "codebooks"
+                | "codevectors"
+                | "token"
+                | "tokens"
+                | "table"
+                | "pe"
+                | "pos"
+                | "position"
+                | "positions"
+                | "relative"
+                | "feat"
+                | "feats"
+                | "features"
+                | "queries"
+                | "points"
+                | "norm"
+                | "layernorm"
+        )
+    };
+    !is_projection(leaf) && words(leaf).any(is_word)
+}
+
+fn is_router(module: &str) -> bool {
+    let (parent, leaf) = split_last(module);
+    words(leaf).any(|word| matches!(word, "router" | "routing"))
+        || matches!(leaf, "shared_expert_gate" | "wg" | "gating")
+        || split_last(parent).1 == "router"
+        || leaf == "gate"
+}
+
+/// A module without bias that is named as Linears are, and as nothing else is.
+fn is_linear_name(parent: &str, leaf: &str) -> bool {
+    if is_number(leaf) {
+        // An entry of a list or of a sequence is what the list is called.
+        let mut rest = parent;
+        loop {
+            let (above, list) = split_last(rest);
+            if !is_number(list) {
+                return !is_table(list) && words(list).any(is_linear_word);
+            }
+            rest = above;
+        }
+    }
+    // `w` alone is an embedding somewhere; `w1`, `w_out` and `wq` are Linears everywhere.
+    if let Some(rest) = leaf.strip_prefix(['w', 'W'])
+        && (is_number(rest) || rest.starts_with('_'))
+    {
+        return true;
+    }
+    let compound = leaf.contains('_');
+    words(leaf).any(|word| is_linear_word(word) || compound && matches!(word, "gate" | "layer"))
+}
+
+fn is_linear_word(word: &str) -> bool {
+    const WORDS: &[&str] = &[
+        "proj",
+        "projection",
+        "projections",
+        "project",
+        "projector",
+        "fc",
+        "lin",
+        "linear",
+        "dense",
+        "mlp",
+        "ffn",
+        "ffw",
+        "ff",
+        "q",
+        "k",
+        "v",
+        "o",
+        "qkv",
+        "kv",
+        "qk",
+        "qkvz",
+        "query",
+        "key",
+        "value",
+        "wq",
+        "wk",
+        "wv",
+        "wo",
+        "wr",
+        "wi",
+        "wkv",
+        "wqkv",
+        "Wq",
+        "Wk",
+        "Wv",
+        "Wo",
+        "Wi",
+        "Wkv",
+        "Wqkv",
+        "wgate",
+        "up",
+        "down",
+        "out",
+        "output",
+        "head",
+        "score",
+        "classifier",
+        "unembed",
+        "reduction",
+        "receptance",
+        "adapter",
+    ];
+    WORDS.contains(&word)
+}
+pub(super) const LOADER_HEADS: &[&str] = &["lm_head"];
+pub(super) fn fused_group(module: &str) -> Option<(&str, &str)> {
+    let _ = module;
+    None
+}
+pub(super) fn loader_names(_m: &str, _c: Option<&Value>) -> Vec<String> {
+    Vec::new()
+}
+impl Reason {
+    pub fn is_opt_in(self) -> bool {
+        matches!(self, Self::VisionTower | Self::AudioTower | Self::Projector)
+    }
+}
