@@ -12,9 +12,11 @@
 //! - [`recipe`]: which module is quantized how, and why.
 //! - [`mod@format`]: how a quantized checkpoint is written down.
 //! - [`view`]: the virtual checkpoint, its tree and `read_at`.
+//! - [`export`]: a view written to disk.
 
 pub mod dtype;
 pub mod error;
+pub mod export;
 pub mod format;
 pub mod quant;
 pub mod recipe;

@@ -125,7 +125,7 @@ fn plan(
                 name: format!("{module}.weight_shape"),
                 dtype: Dtype::I64,
                 shape: vec![2],
-                shard: tensor.shard(),
+                tensor: id,
                 content: Content::Inline(
                     tensor.shape.iter().flat_map(|dim| dim.to_le_bytes()).collect(),
                 ),

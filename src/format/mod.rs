@@ -12,7 +12,7 @@ use std::fmt::Debug;
 
 use serde_json::Value;
 
-use crate::dtype::Dtype;
+use crate::dtype::{self, Dtype};
 use crate::error::{self, Result};
 use crate::quant::Scheme;
 use crate::recipe::{Assignment, Request};
@@ -81,8 +81,8 @@ pub struct Item {
     pub dtype: Dtype,
     /// Its shape.
     pub shape: Vec<u64>,
-    /// Position of the shard that shows it.
-    pub shard: usize,
+    /// The source tensor that it comes from, and whose shard shows it.
+    pub tensor: TensorId,
     /// Where its bytes come from.
     pub content: Content,
 }
@@ -90,8 +90,8 @@ pub struct Item {
 /// Where the bytes of a tensor come from.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Content {
-    /// Straight from a source tensor.
-    Source(TensorId),
+    /// Straight from the source tensor.
+    Source,
     /// Small metadata, here.
     Inline(Box<[u8]>),
     /// A part of an encoded weight.
@@ -121,8 +121,8 @@ impl Plan {
             name: tensor.name.clone(),
             dtype: tensor.dtype,
             shape: tensor.shape.clone(),
-            shard: tensor.shard(),
-            content: Content::Source(id),
+            tensor: id,
+            content: Content::Source,
         });
     }
 
@@ -138,9 +138,16 @@ impl Plan {
                 name: name.clone(),
                 dtype: spec.dtype,
                 shape: spec.shape,
-                shard: tensor.shard(),
+                tensor: id,
                 content: Content::Part { weight, part },
             });
         }
+    }
+}
+
+impl Item {
+    /// Its length in bytes.
+    pub fn byte_len(&self) -> u64 {
+        dtype::byte_len(self.dtype, &self.shape).expect("planned tensors have a size")
     }
 }

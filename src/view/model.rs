@@ -7,10 +7,10 @@ use super::cache::{Cache, ChunkKey};
 use super::shard::{Piece, VirtualShard};
 use super::{Budget, Counters};
 use crate::error::Result;
-use crate::format::{Content, Format, Plan, Weight, config};
+use crate::format::{Content, Format, Item, Plan, Weight, config};
 use crate::quant::{Isa, Reals, Tile};
 use crate::recipe::Request;
-use crate::source::{Checkpoint, SourceFiles, TensorId, Window};
+use crate::source::{Checkpoint, SourceFiles, Window};
 
 /// A checkpoint and what a format makes of it.
 #[derive(Debug)]
@@ -45,7 +45,7 @@ impl Model {
         let plan = format.plan(checkpoint.catalog(), config, request)?;
         let mut ids = vec![Vec::new(); checkpoint.shards().len()];
         for (id, item) in plan.items.iter().enumerate() {
-            ids[item.shard].push(id);
+            ids[checkpoint.catalog()[item.tensor].shard()].push(id);
         }
         // Where nothing is encoded, every file is the source's own.
         let shards = if plan.weights.is_empty() {
@@ -87,14 +87,18 @@ impl Model {
         self.checkpoint.catalog().tensors().iter().map(|tensor| tensor.stored_len()).sum()
     }
 
-    /// The items of a shard in the order of their data, as positions in [`Plan::items`].
-    pub fn shard_items(&self, shard: usize) -> Vec<usize> {
-        match self.shards.get(shard) {
-            Some(virtual_shard) => virtual_shard.items().to_vec(),
-            None => (0..self.plan.items.len())
-                .filter(|id| self.plan.items[*id].shard == shard)
-                .collect(),
+    /// The items that each tensor becomes, in the catalog's order.
+    pub fn items_by_tensor(&self) -> Vec<Vec<&Item>> {
+        let mut items = vec![Vec::new(); self.checkpoint.catalog().tensors().len()];
+        for item in &self.plan.items {
+            items[item.tensor].push(item);
         }
+        items
+    }
+
+    /// The items of a virtual shard in the order of their data, as positions in [`Plan::items`].
+    pub fn shard_items(&self, shard: usize) -> &[usize] {
+        self.shards[shard].items()
     }
 
     /// The virtual shards; none where the source's own are shown.
@@ -107,8 +111,9 @@ impl Model {
         let index = self.checkpoint.index().filter(|_| !self.shards.is_empty())?;
         let mut metadata = index.metadata.clone();
         metadata.insert("total_size".to_owned(), self.shown_len().into());
+        let shard_of = |item: &Item| self.checkpoint.catalog()[item.tensor].shard();
         let mut names: Vec<(&str, usize)> =
-            self.plan.items.iter().map(|item| (item.name.as_str(), item.shard)).collect();
+            self.plan.items.iter().map(|item| (item.name.as_str(), shard_of(item))).collect();
         names.sort_unstable();
         let file = |shard: usize| Value::from(self.checkpoint.shards()[shard].file.name());
         let weight_map: Map<String, Value> =
@@ -146,8 +151,10 @@ impl Model {
                     out.copy_from_slice(&shard.header()[range.start as usize..range.end as usize]);
                 }
                 Piece::Item(id, range) => match &self.plan.items[id].content {
-                    Content::Source(tensor) => {
-                        self.read_source(engine, *tensor, range.start, out)?;
+                    Content::Source => {
+                        let tensor = self.plan.items[id].tensor;
+                        engine.counters.source.add(out.len() as u64);
+                        self.checkpoint.read_exact_at(&engine.files, tensor, range.start, out)?;
                     }
                     Content::Inline(bytes) => {
                         out.copy_from_slice(&bytes[range.start as usize..range.end as usize]);
@@ -159,17 +166,6 @@ impl Model {
             }
         }
         Ok(())
-    }
-
-    fn read_source(
-        &self,
-        engine: &Engine,
-        tensor: TensorId,
-        offset: u64,
-        out: &mut [u8],
-    ) -> Result<()> {
-        engine.counters.source.add(out.len() as u64);
-        self.checkpoint.read_exact_at(&engine.files, tensor, offset, out)
     }
 
     fn read_part(

@@ -35,9 +35,7 @@ const ALIGNMENT: u64 = 8;
 impl VirtualShard {
     /// Lays out the items at the positions `ids` of `items`.
     pub(super) fn new(items: &[Item], mut ids: Vec<usize>, metadata: &[(String, String)]) -> Self {
-        let len = |id: usize| {
-            dtype::byte_len(items[id].dtype, &items[id].shape).expect("planned tensors have a size")
-        };
+        let len = |id: usize| items[id].byte_len();
         // A stable sort: within a class the plan's order stays.
         ids.sort_by_key(|&id| match (len(id) % ALIGNMENT, &items[id].content) {
             (0, Content::Inline(_)) => 0,
@@ -127,8 +125,8 @@ mod tests {
     use crate::dtype::Dtype;
 
     fn item(name: &str, dtype: Dtype, shape: &[u64]) -> Item {
-        let content = Content::Source(0);
-        Item { name: name.to_owned(), dtype, shape: shape.to_vec(), shard: 0, content }
+        let content = Content::Source;
+        Item { name: name.to_owned(), dtype, shape: shape.to_vec(), tensor: 0, content }
     }
 
     fn odd_shard() -> (Vec<Item>, VirtualShard) {
