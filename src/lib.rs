@@ -17,6 +17,7 @@
 
 pub mod dtype;
 pub mod error;
+pub mod quant;
 pub mod recipe;
 pub mod source;
 pub mod view;
