@@ -10,6 +10,8 @@ mod int;
 mod isa;
 mod pack;
 mod search;
+#[cfg(test)]
+mod tests;
 mod tile;
 
 use crate::dtype::{Dtype, byte_len};

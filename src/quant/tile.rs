@@ -305,3 +305,121 @@ fn extreme_bits_16(group: &[[u8; 2]]) -> ([u8; 2], [u8; 2]) {
     }
     (min.to_le_bytes(), max.to_le_bytes())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn power_of_two(exponent: i32) -> f32 {
+        f32::from_bits(((exponent + 127) as u32) << 23)
+    }
+
+    /// The definition of binary16.
+    fn half(bits: u16) -> f32 {
+        let (exponent, fraction) = (i32::from(bits >> 10 & 31), f32::from(bits & 1023));
+        let magnitude = match exponent {
+            0 => fraction * power_of_two(-24),
+            31 if fraction == 0.0 => f32::INFINITY,
+            31 => f32::NAN,
+            _ => (1024.0 + fraction) * power_of_two(exponent - 25),
+        };
+        if bits >> 15 == 1 { -magnitude } else { magnitude }
+    }
+
+    #[test]
+    fn every_f16_pattern_is_widened_to_its_value_and_stored_back() {
+        for bits in 0..=u16::MAX {
+            let (x, expected) = (F16::widen(bits.to_le_bytes()), half(bits));
+            let mut stored = [0; 2];
+            F16::store(x, &mut stored);
+            if expected.is_nan() {
+                assert!(x.is_nan() && F16::round(x).is_nan(), "{bits:#06x}");
+                assert_eq!(u16::from_le_bytes(stored) & 0x7fff, 0x7e00, "{bits:#06x}");
+            } else {
+                assert_eq!(x.to_bits(), expected.to_bits(), "{bits:#06x}");
+                assert_eq!(F16::round(x).to_bits(), x.to_bits(), "{bits:#06x}");
+                assert_eq!(u16::from_le_bytes(stored), bits);
+            }
+        }
+    }
+
+    /// Between two neighbours `a` and `b` of which the first is even (or else the second).
+    #[track_caller]
+    fn check_rounding(round: fn(f32) -> f32, (a, b): (f32, f32), a_is_even: bool) {
+        let middle = ((f64::from(a) + f64::from(b)) / 2.0) as f32;
+        for (x, expected) in [
+            (middle.next_down(), a),
+            (middle, if a_is_even { a } else { b }),
+            (middle.next_up(), b),
+        ] {
+            assert_eq!(round(x).to_bits(), expected.to_bits(), "{x:e}");
+            assert_eq!(round(-x).to_bits(), (-expected).to_bits(), "-{x:e}");
+        }
+    }
+
+    #[test]
+    fn f16_rounds_to_nearest_and_halfway_to_even() {
+        for bits in 0..0x7bff {
+            check_rounding(F16::round, (half(bits), half(bits + 1)), bits % 2 == 0);
+        }
+        assert_eq!(F16::round(65519.996), 65504.0);
+        assert_eq!(F16::round(65520.0), f32::INFINITY);
+        assert_eq!(F16::round(f32::MIN), f32::NEG_INFINITY);
+    }
+
+    #[test]
+    fn bf16_rounds_to_nearest_and_halfway_to_even() {
+        let value = |bits: u32| f32::from_bits(bits << 16);
+        for bits in 0..0x7f7f {
+            check_rounding(Bf16::round, (value(bits), value(bits + 1)), bits % 2 == 0);
+        }
+        assert_eq!(Bf16::round(f32::MAX), f32::INFINITY);
+        assert_eq!(Bf16::round(-f32::NAN).to_bits(), 0x7fc0_0000);
+    }
+
+    /// Every pair of significands.
+    fn check_quotients<E: Element>(significands: std::ops::Range<u32>, shift: u32) {
+        for a in significands.clone() {
+            for b in significands.clone() {
+                let [x, scale] = [a, b].map(|s| f32::from_bits(s << shift | 0x3f80_0000));
+                let quotient = E::quotient(x, scale, 1.0 / scale);
+                assert_eq!(quotient.to_bits(), E::round(x / scale).to_bits(), "{x} / {scale}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_product_with_the_reciprocal_rounds_to_the_quotient() {
+        check_quotients::<Bf16>(0..128, 16);
+        check_quotients::<F16>(0..1024, 13);
+    }
+
+    #[test]
+    fn extremes_include_zero_and_let_no_nan_pass() {
+        let inf = f32::INFINITY;
+        let cases: [(&[f32], f32, f32); 6] = [
+            (&[1.0, 2.0, 0.5], 0.0, 2.0),
+            (&[-1.0, -0.25], -1.0, 0.0),
+            (&[-3.0, 0.0, 2.0, -0.0], -3.0, 2.0),
+            (&[inf, -1.0], -1.0, inf),
+            (&[0.0, -0.0], 0.0, 0.0),
+            (&[-inf, 5.0], -inf, 5.0),
+        ];
+        let raw = |xs: &[f32]| xs.iter().map(|x| x.to_le_bytes()).collect::<Vec<_>>();
+        let raw_bf16 = |xs: &[f32]| -> Vec<[u8; 2]> {
+            xs.iter().map(|x| ((x.to_bits() >> 16) as u16).to_le_bytes()).collect()
+        };
+        for (xs, min, max) in cases {
+            for e in [F32::extremes(&raw(xs)), Bf16::extremes(&raw_bf16(xs))] {
+                assert_eq!((e.min, e.max), (min, max));
+                assert_eq!(e.magnitude(), f32::max(-min, max));
+            }
+        }
+        for nan in [f32::NAN, -f32::NAN] {
+            for other in [inf, -inf, 1.0] {
+                assert!(F32::extremes(&raw(&[other, nan])).magnitude().is_nan());
+                assert!(Bf16::extremes(&raw_bf16(&[nan, other])).magnitude().is_nan());
+            }
+        }
+    }
+}
