@@ -123,3 +123,21 @@ impl Scheme {
         }
     }
 }
+
+impl std::fmt::Display for Scheme {
+    /// As `int4, groups of 128, symmetric, search`.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self::Int(IntScheme { bits, granularity, symmetric, quality, .. }) = self;
+        write!(f, "int{bits}, ")?;
+        match granularity {
+            Granularity::Group(size) => write!(f, "groups of {size}, ")?,
+            Granularity::Channel => f.write_str("per channel, ")?,
+        }
+        let symmetry = if *symmetric { "symmetric" } else { "asymmetric" };
+        let quality = match quality {
+            Quality::Reference => "reference",
+            Quality::Search => "search",
+        };
+        write!(f, "{symmetry}, {quality}")
+    }
+}
