@@ -49,7 +49,7 @@ fn whole(view: &View, file: NodeId) -> Vec<u8> {
 /// Every file of the oracle, which encodes each weight as one chunk and keeps none of it.
 static ORACLES: LazyLock<Vec<Vec<Vec<u8>>>> = LazyLock::new(|| {
     let oracle = |request: &Request| {
-        let budget = Budget { cache: 0, chunk: u64::MAX };
+        let budget = Budget { cache: 0, chunk: u64::MAX, ahead: 0 };
         let view = View::open(MODEL.path(), request, budget).expect("a view");
         (0..view.tree().nodes().len()).map(|file| whole(&view, file)).collect()
     };
@@ -64,10 +64,11 @@ proptest! {
         which in 0..requests().len(),
         cache in prop_oneof![Just(0u64), 1u64..200_000, Just(1 << 30)],
         chunk in prop_oneof![Just(1u64), 1u64..100_000, Just(1 << 20)],
+        ahead in prop_oneof![Just(0u64), 1u64..1_000_000],
         reads in prop::collection::vec((any::<prop::sample::Index>(), any::<prop::sample::Index>(), 0usize..70_000), 1..40),
     ) {
         let request = &requests()[which];
-        let view = View::open(MODEL.path(), request, Budget { cache, chunk }).expect("a view");
+        let view = View::open(MODEL.path(), request, Budget { cache, chunk, ahead }).expect("a view");
         let oracle = &ORACLES[which];
         for (file, offset, len) in reads {
             let file = file.index(oracle.len());
@@ -89,7 +90,7 @@ proptest! {
 #[test]
 fn an_export_is_what_a_view_shows() {
     for (request, oracle) in requests().iter().zip(ORACLES.iter()).step_by(3) {
-        let budget = Budget { cache: 1 << 20, chunk: 30_000 };
+        let budget = Budget { cache: 1 << 20, chunk: 30_000, ahead: 0 };
         let view = View::open(MODEL.path(), request, budget).expect("a view");
         let out = tempfile::tempdir().expect("a directory");
         let options = Options { threads: 3, overwrite: false };

@@ -3,6 +3,7 @@
 //! Everything that follows from names, shapes and configs is fixed when a view is opened. After
 //! that [`View::read_at`] fails only where the source changed or can't be read.
 
+mod ahead;
 mod buffers;
 mod cache;
 mod model;
@@ -11,9 +12,10 @@ mod tree;
 mod walk;
 
 use std::num::NonZeroUsize;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 pub use model::Model;
 pub use tree::{Node, NodeId, NodeKind, ROOT, Tree};
@@ -23,6 +25,7 @@ use crate::format;
 use crate::quant::Isa;
 use crate::recipe::Request;
 use crate::source::{SourceFile, SourceFiles};
+use ahead::{Streams, Workers};
 use buffers::Buffers;
 use cache::Cache;
 use model::Engine;
@@ -37,11 +40,14 @@ pub struct Budget {
     pub cache: u64,
     /// Source bytes that one chunk is encoded from, at least one unit of its scheme.
     pub chunk: u64,
+    /// Bytes that are encoded ahead of a sequential reader, on threads of the view's own; none are
+    /// where it is 0.
+    pub ahead: u64,
 }
 
 impl Default for Budget {
     fn default() -> Self {
-        Self { cache: 256 << 20, chunk: 2 << 20 }
+        Self { cache: 256 << 20, chunk: 2 << 20, ahead: 0 }
     }
 }
 
@@ -51,10 +57,26 @@ pub struct View {
     root: PathBuf,
     tree: Tree,
     contents: Vec<Content>,
-    models: Vec<Model>,
     hidden: Vec<Hidden>,
     warnings: Vec<String>,
+    shared: Arc<Shared>,
+    streams: Streams,
+    workers: OnceLock<Workers<Chunk>>,
+}
+
+/// What readers and the threads ahead of them share.
+#[derive(Debug)]
+struct Shared {
+    models: Vec<Model>,
     engine: Engine,
+}
+
+/// A chunk to be encoded ahead of its reader.
+#[derive(Clone, Copy, Debug)]
+struct Chunk {
+    model: usize,
+    weight: usize,
+    chunk: u64,
 }
 
 /// A file of the source that the view does not show.
@@ -144,7 +166,16 @@ impl View {
             budget,
             counters: Counters::default(),
         };
-        Ok(Self { root, tree, contents, models, hidden, warnings, engine })
+        Ok(Self {
+            root,
+            tree,
+            contents,
+            hidden,
+            warnings,
+            shared: Arc::new(Shared { models, engine }),
+            streams: Streams::default(),
+            workers: OnceLock::new(),
+        })
     }
 
     /// The canonical path of the directory that the view shows.
@@ -159,7 +190,7 @@ impl View {
 
     /// The checkpoints in it.
     pub fn models(&self) -> &[Model] {
-        &self.models
+        &self.shared.models
     }
 
     /// The files that it does not show.
@@ -174,15 +205,15 @@ impl View {
 
     /// What the view has done and holds.
     pub fn stats(&self) -> Stats {
-        let (cache_used, cache_hits, cache_misses) = self.engine.cache.usage();
-        let (open_files, mapped_bytes) = self.engine.files.mapped();
+        let (cache_used, cache_hits, cache_misses) = self.shared.engine.cache.usage();
+        let (open_files, mapped_bytes) = self.shared.engine.files.mapped();
         Stats {
-            cache_budget: self.engine.budget.cache,
+            cache_budget: self.shared.engine.budget.cache,
             cache_used,
             cache_hits,
             cache_misses,
-            source_bytes: self.engine.counters.source.get(),
-            output_bytes: self.engine.counters.output.get(),
+            source_bytes: self.shared.engine.counters.source.get(),
+            output_bytes: self.shared.engine.counters.output.get(),
             open_files,
             mapped_bytes,
         }
@@ -192,7 +223,7 @@ impl View {
     /// synthesized.
     pub fn shard_of(&self, file: NodeId) -> Option<(&Model, usize)> {
         match self.contents[file] {
-            Content::Shard { model, shard } => Some((&self.models[model], shard)),
+            Content::Shard { model, shard } => Some((&self.shared.models[model], shard)),
             _ => None,
         }
     }
@@ -216,17 +247,41 @@ impl View {
         match &self.contents[file] {
             Content::Dir => unreachable!("a file has content"),
             Content::Copy(source) => {
-                self.engine.counters.source.add(len as u64);
-                self.engine.files.read_exact_at(source, offset, buf)?;
+                self.shared.engine.counters.source.add(len as u64);
+                self.shared.engine.files.read_exact_at(source, offset, buf)?;
             }
             Content::Inline(bytes) => {
                 buf.copy_from_slice(&bytes[offset as usize..offset as usize + len]);
             }
             Content::Shard { model, shard } => {
-                self.models[*model].read_shard(&self.engine, *shard, offset, buf)?;
+                self.go_ahead(file, *model, *shard, offset..offset + len as u64);
+                let Shared { models, engine } = &*self.shared;
+                models[*model].read_shard(engine, *shard, offset, buf)?;
             }
         }
-        self.engine.counters.output.add(len as u64);
+        self.shared.engine.counters.output.add(len as u64);
         Ok(len)
+    }
+
+    /// Has the chunks encoded that whoever reads `range` will want next.
+    fn go_ahead(&self, file: NodeId, model: usize, shard: usize, range: Range<u64>) {
+        let Budget { ahead, cache, .. } = self.shared.engine.budget;
+        // What is made ahead must not push itself out of the cache.
+        let window = ahead.min(cache / 4);
+        if window == 0 {
+            return;
+        }
+        if let Some(next) = self.streams.follow(file, range, window) {
+            let workers = self.workers.get_or_init(|| {
+                let threads = std::thread::available_parallelism().map_or(1, usize::from);
+                let shared = self.shared.clone();
+                Workers::start(threads, move |Chunk { model, weight, chunk }| {
+                    // Whoever reads the chunk meets the error, if it is still there.
+                    let _ = shared.models[model].prepare(&shared.engine, weight, chunk);
+                })
+            });
+            let chunks = self.shared.models[model].chunks_of(&self.shared.engine, shard, next);
+            workers.offer(chunks.map(|(weight, chunk)| Chunk { model, weight, chunk }));
+        }
     }
 }

@@ -1,5 +1,7 @@
 //! One checkpoint of a view, planned: its shards laid out, its chunks encoded on demand.
 
+use std::ops::Range;
+
 use serde_json::{Map, Value, json};
 
 use super::buffers::{Buffer, Buffers};
@@ -192,6 +194,38 @@ impl Model {
             out.copy_from_slice(&bytes[skipped..skipped + out.len()]);
         }
         Ok(())
+    }
+
+    /// Encodes a chunk into the cache unless it is there.
+    pub(super) fn prepare(&self, engine: &Engine, weight: usize, chunk: u64) -> Result<()> {
+        engine.cache.prepare(self.key(weight, chunk), || self.encode(engine, weight, chunk))
+    }
+
+    /// The weights and chunks whose codes lie in a range of a virtual shard, which may end beyond
+    /// it. Scales come with the codes that stand before them.
+    pub(super) fn chunks_of(
+        &self,
+        engine: &Engine,
+        shard: usize,
+        range: Range<u64>,
+    ) -> impl Iterator<Item = (usize, u64)> {
+        let shard = &self.shards[shard];
+        let range = range.start.min(shard.len())..range.end.min(shard.len());
+        let chunk_bytes = engine.budget.chunk;
+        let chunks = move |piece| match piece {
+            Piece::Item(id, range) => match self.plan.items[id].content {
+                Content::Part { weight, part: 0 } => {
+                    let Weight { tensor, scheme } = self.plan.weights[weight];
+                    let tensor = &self.checkpoint.catalog()[tensor];
+                    let grid = scheme.grid(tensor.dtype, &tensor.shape, chunk_bytes);
+                    let chunks = grid.chunk_at(0, range.start)..=grid.chunk_at(0, range.end - 1);
+                    Some(chunks.map(move |chunk| (weight, chunk)))
+                }
+                _ => None,
+            },
+            Piece::Header(_) => None,
+        };
+        shard.pieces(range).filter_map(chunks).flatten()
     }
 
     /// Encodes every part of one chunk in one pass over its source.
