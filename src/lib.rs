@@ -12,11 +12,13 @@
 //! - [`recipe`]: which module is quantized how, and why.
 //! - [`mod@format`]: how a quantized checkpoint is written down.
 //! - [`view`]: the virtual checkpoint, its tree and `read_at`.
-//! - [`fuse`], [`mount`]: kernel requests to view calls; a mount's life.
-//! - [`cli`]: the command line.
+//! - [`export`]: a view written to disk.
 
 pub mod dtype;
 pub mod error;
+pub mod export;
+pub mod format;
+pub mod quant;
 pub mod recipe;
 pub mod source;
 pub mod view;

@@ -13,16 +13,16 @@ use super::linear::{self, Kind, Reason};
 
 /// One module whose weight is kept though the loader may have a Linear there.
 #[derive(Clone, Copy, Debug)]
-pub struct KeptModule<'a> {
+pub(super) struct KeptModule<'a> {
     /// Its name in the checkpoint.
-    pub name: &'a str,
+    pub(super) name: &'a str,
     /// What [`linear::classify`] says of its weight.
-    pub kind: Kind,
+    pub(super) kind: Kind,
 }
 
 /// The entries of `quantization_config.ignore`: exact names first, in the order of `kept`, then
 /// patterns, which begin with `re:`. `quantized` are the names of all quantized modules.
-pub fn ignore(kept: &[KeptModule<'_>], quantized: &[&str]) -> Vec<String> {
+pub(super) fn ignore(kept: &[KeptModule<'_>], quantized: &[&str]) -> Vec<String> {
     let taken: HashSet<&str> = quantized.iter().copied().collect();
     let mut seen = HashSet::new();
     let mut list = Vec::new();
@@ -48,39 +48,92 @@ pub fn ignore(kept: &[KeptModule<'_>], quantized: &[&str]) -> Vec<String> {
 }
 
 /// Other names under which a loader may hold the module: with the base model's prefix or without,
-/// and with the language model on either side of `model`.
-pub fn loader_names(module: &str) -> Vec<String> {
-    let mut names = Vec::new();
-    if let Some(rest) = module.strip_prefix("language_model.model.") {
-        names.push(format!("model.language_model.{rest}"));
-        names.push(format!("language_model.{rest}"));
-    } else if let Some(rest) = module.strip_prefix("model.language_model.model.") {
-        names.push(format!("model.language_model.{rest}"));
-    } else if let Some(rest) = module.strip_prefix("model.language_model.") {
-        names.push(format!("language_model.model.{rest}"));
-        names.push(format!("language_model.{rest}"));
-    } else if let Some(rest) = module.strip_prefix("language_model.") {
-        names.push(rest.to_owned());
-        names.push(format!("model.{module}"));
-    } else if let Some(rest) = module.strip_prefix("model.") {
-        names.push(rest.to_owned());
-    } else {
-        names.push(format!("model.{module}"));
+/// with the language model on either side of `model`, and by the words that newer code has for the
+/// layers of a BERT or ViT.
+pub(super) fn loader_names(module: &str) -> Vec<String> {
+    let mut names = moved(module);
+    if let Some(renamed) = reworded(module) {
+        for path in [renamed.replacen("encoder.layer.", "layers.", 1), renamed] {
+            names.extend(moved(&path));
+            names.push(path);
+        }
     }
     names
 }
 
+/// The module with its first components added, dropped or exchanged.
+fn moved(module: &str) -> Vec<String> {
+    if let Some(rest) = module.strip_prefix("language_model.model.") {
+        vec![format!("model.language_model.{rest}"), format!("language_model.{rest}")]
+    } else if let Some(rest) = module.strip_prefix("model.language_model.model.") {
+        vec![format!("model.language_model.{rest}")]
+    } else if let Some(rest) = module.strip_prefix("model.language_model.") {
+        vec![format!("language_model.model.{rest}"), format!("language_model.{rest}")]
+    } else if let Some(rest) = module.strip_prefix("language_model.") {
+        vec![rest.to_owned(), format!("model.{module}")]
+    } else if let Some(rest) = module.strip_prefix("model.") {
+        vec![rest.to_owned()]
+    } else {
+        vec![format!("model.{module}")]
+    }
+}
+
+/// The module with the last components of an older encoder layer in newer words.
+fn reworded(module: &str) -> Option<String> {
+    const WORDS: &[(&str, &str)] = &[
+        (".attention.attention.query", ".attention.q_proj"),
+        (".attention.attention.key", ".attention.k_proj"),
+        (".attention.attention.value", ".attention.v_proj"),
+        (".attention.self.query", ".attention.q_proj"),
+        (".attention.self.key", ".attention.k_proj"),
+        (".attention.self.value", ".attention.v_proj"),
+        (".attention.output.dense", ".attention.o_proj"),
+        (".intermediate.dense", ".mlp.fc1"),
+        (".output.dense", ".mlp.fc2"),
+    ];
+    WORDS.iter().find_map(|(old, new)| Some(format!("{}{new}", module.strip_suffix(old)?)))
+}
+
 /// Words of the parts that lead into a language model; see [`linear::classify`].
 const PART_WORDS: &[&str] = &[
-    "vision", "visual", "image", "img", "video", "vit", "pixel", "audio", "speech", "sound",
-    "acoustic", "projector", "connector", "merger", "aligner", "resampler", "multimodal", "mm",
+    "vision",
+    "visual",
+    "image",
+    "img",
+    "video",
+    "vit",
+    "pixel",
+    "audio",
+    "speech",
+    "sound",
+    "acoustic",
+    "projector",
+    "connector",
+    "merger",
+    "aligner",
+    "resampler",
+    "multimodal",
+    "mm",
 ];
 
 /// The last components of output heads that are tied, and of those made anew for a task.
 const HEAD_NAMES: &[&str] = &[
-    "lm_head", "lm_heads", "decoder", "generator_lm_head", "predictions.decoder", "proj_out", "output_projection", "embed_out",
-    "pred_layer.proj", "vocab_projector", "lm_loss", "score", "classifier", "qa_outputs",
-    "unembedding_projection", "ctc_head",
+    "lm_head",
+    "lm_heads",
+    "decoder",
+    "generator_lm_head",
+    "predictions.decoder",
+    "proj_out",
+    "output_projection",
+    "embed_out",
+    "pred_layer.proj",
+    "vocab_projector",
+    "lm_loss",
+    "score",
+    "classifier",
+    "qa_outputs",
+    "unembedding_projection",
+    "ctc_head",
 ];
 const HEAD_LAYERS: &[&str] = &["decoder", "out_proj"];
 
@@ -152,8 +205,8 @@ impl Net {
                 }),
             Self::Routers => ROUTER_NAMES.contains(&leaf),
             Self::Heads => {
-                let is_layer = HEAD_LAYERS.contains(&leaf)
-                    || leaf.bytes().all(|byte| byte.is_ascii_digit());
+                let is_layer =
+                    HEAD_LAYERS.contains(&leaf) || leaf.bytes().all(|byte| byte.is_ascii_digit());
                 let parent = module.strip_suffix(leaf).unwrap_or("").trim_end_matches('.');
                 let ends = |path: &str| {
                     HEAD_NAMES.iter().any(|head| {

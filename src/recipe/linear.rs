@@ -14,7 +14,7 @@ use serde_json::Value;
 /// Why a tensor is kept as it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
-pub enum Reason {
+pub(super) enum Reason {
     /// Not a floating-point tensor.
     NotFloat,
     /// A bias, a norm, a convolution, a table of parameters: whatever is not a `weight` of rank 2.
@@ -43,7 +43,7 @@ pub enum Reason {
 
 impl Reason {
     /// The reason in a few words.
-    pub fn as_str(self) -> &'static str {
+    pub(super) fn as_str(self) -> &'static str {
         match self {
             Self::NotFloat => "not floating point",
             Self::NotAMatrix => "not a matrix of weights",
@@ -61,6 +61,13 @@ impl Reason {
     }
 }
 
+impl Reason {
+    /// Whether naming the module in `--only` quantizes it after all.
+    pub(super) fn is_opt_in(self) -> bool {
+        matches!(self, Self::VisionTower | Self::AudioTower | Self::Projector)
+    }
+}
+
 impl std::fmt::Display for Reason {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(self.as_str())
@@ -69,7 +76,7 @@ impl std::fmt::Display for Reason {
 
 /// What a tensor is to a loader that replaces Linears.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Kind {
+pub(super) enum Kind {
     /// Provably the weight of a Linear, `[out, in]`: to be quantized.
     Linear,
     /// Provably the weight of a Linear, kept because of the part it plays. It can be opted in, and
@@ -84,12 +91,12 @@ pub enum Kind {
 impl Kind {
     /// Whether the loader may have a Linear here, so that keeping the tensor means naming its module
     /// in `ignore`.
-    pub fn may_be_linear(self) -> bool {
+    pub(super) fn may_be_linear(self) -> bool {
         !matches!(self, Self::Other(_))
     }
 
     /// Why the tensor is kept; `None` for a Linear.
-    pub fn reason(self) -> Option<Reason> {
+    pub(super) fn reason(self) -> Option<Reason> {
         match self {
             Self::Linear => None,
             Self::Spared(reason) | Self::Doubtful(reason) | Self::Other(reason) => Some(reason),
@@ -99,21 +106,37 @@ impl Kind {
 
 /// One tensor, as far as this module needs to know it.
 #[derive(Clone, Copy, Debug)]
-pub struct Entry<'a> {
+pub(super) struct Entry<'a> {
     /// Its full name.
-    pub name: &'a str,
+    pub(super) name: &'a str,
     /// Its shape, outermost dimension first.
-    pub shape: &'a [u64],
+    pub(super) shape: &'a [u64],
     /// Whether its elements are floating-point numbers of 16 bits or more.
-    pub is_float: bool,
+    pub(super) is_float: bool,
 }
 
 /// The kind of every tensor of a checkpoint, in the order given. `config` is the parsed
 /// `config.json`, where there is one.
-pub fn classify(tensors: &[Entry<'_>], config: Option<&Value>) -> Vec<Kind> {
+pub(super) fn classify(tensors: &[Entry<'_>], config: Option<&Value>) -> Vec<Kind> {
     let evidence = Evidence::gather(tensors, config);
     let mut parts = HashMap::new();
     tensors.iter().map(|tensor| evidence.kind(tensor, &mut parts)).collect()
+}
+
+/// The group of modules that engines fuse into one weight, as parent and family: all members of
+/// a group share one scheme.
+pub(super) fn fused_group(module: &str) -> Option<(&str, &'static str)> {
+    let (parent, leaf) = split_last(module);
+    let family = match leaf {
+        "q_proj" | "k_proj" | "v_proj" | "query" | "key" | "value" | "wq" | "wk" | "wv" | "q"
+        | "k" | "v" | "q_lin" | "k_lin" | "v_lin" => "qkv",
+        "gate_proj" | "up_proj" | "w1" | "w3" => "gate_up",
+        "q_a_proj" | "kv_a_proj_with_mqa" => "qkv_a",
+        "in_proj_qkv" | "in_proj_z" => "in_proj_qkvz",
+        "in_proj_a" | "in_proj_b" => "in_proj_ba",
+        _ => return None,
+    };
+    Some((parent, family))
 }
 
 /// What the whole catalog and the config say, gathered before any tensor is judged.
@@ -408,7 +431,11 @@ fn is_rearranged(model_type: &str, module: &str, leaf: &str) -> bool {
         "hrm_text" => matches!(leaf, "gqkv_proj" | "gate_up_proj"),
         "molmo2" | "molmo2_text" => matches!(leaf, "ff_proj" | "att_proj"),
         "sapiens2" => leaf == "w12",
-        "tipsv2" | "tipsv2_vision_model" | "tipsv2_dpt" | "radio" | "qianfan_ocr"
+        "tipsv2"
+        | "tipsv2_vision_model"
+        | "tipsv2_dpt"
+        | "radio"
+        | "qianfan_ocr"
         | "nemotron_h_omni" => leaf == "qkv",
         "nemo_speechlm" => leaf == "w_qkv",
         "gradium_phonon_tts" => leaf == "in_proj",
@@ -599,11 +626,58 @@ fn is_linear_name(parent: &str, leaf: &str) -> bool {
 
 fn is_linear_word(word: &str) -> bool {
     const WORDS: &[&str] = &[
-        "proj", "projection", "projections", "project", "projector", "fc", "lin", "linear", "dense",
-        "mlp", "ffn", "ffw", "ff", "q", "k", "v", "o", "qkv", "kv", "qk", "qkvz", "query", "key",
-        "value", "wq", "wk", "wv", "wo", "wr", "wi", "wkv", "wqkv", "Wq", "Wk", "Wv", "Wo", "Wi",
-        "Wkv", "Wqkv", "wgate", "up", "down", "out", "output", "head", "score", "classifier",
-        "unembed", "preact", "reduction", "receptance", "adapter",
+        "proj",
+        "projection",
+        "projections",
+        "project",
+        "projector",
+        "fc",
+        "lin",
+        "linear",
+        "dense",
+        "mlp",
+        "ffn",
+        "ffw",
+        "ff",
+        "q",
+        "k",
+        "v",
+        "o",
+        "qkv",
+        "kv",
+        "qk",
+        "qkvz",
+        "query",
+        "key",
+        "value",
+        "wq",
+        "wk",
+        "wv",
+        "wo",
+        "wr",
+        "wi",
+        "wkv",
+        "wqkv",
+        "Wq",
+        "Wk",
+        "Wv",
+        "Wo",
+        "Wi",
+        "Wkv",
+        "Wqkv",
+        "wgate",
+        "up",
+        "down",
+        "out",
+        "output",
+        "head",
+        "score",
+        "classifier",
+        "unembed",
+        "preact",
+        "reduction",
+        "receptance",
+        "adapter",
     ];
     WORDS.contains(&word)
 }

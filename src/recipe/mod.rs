@@ -1,5 +1,22 @@
 //! Which module is quantized how, and why.
 
+mod ignore;
+mod linear;
+mod pattern;
+
+use std::borrow::Cow;
+use std::collections::HashMap;
+
+use serde_json::Value;
+
+use crate::dtype::Dtype;
+use crate::error::Result;
+use crate::quant::{Granularity, Quality, Scheme};
+use crate::source::{Catalog, Tensor, TensorId};
+use ignore::KeptModule;
+use linear::Kind;
+use pattern::Patterns;
+
 /// What the user asked for: flags, before any checkpoint is looked at.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Request {
@@ -8,9 +25,9 @@ pub struct Request {
     /// Bits per weight; the format's default where `None`.
     pub bits: Option<u8>,
     /// Weights that share a scale; the format's default where `None`.
-    pub group_size: Option<GroupSize>,
-    /// No zero point.
-    pub symmetric: bool,
+    pub granularity: Option<Granularity>,
+    /// Whether there are no zero points; the format's default where `None`.
+    pub symmetric: Option<bool>,
     /// How scales are chosen.
     pub quality: Quality,
     /// Modules to keep: globs, or regexes after `re:`.
@@ -19,35 +36,195 @@ pub struct Request {
     pub only: Vec<String>,
 }
 
-/// Weights of one output row that share a scale.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum GroupSize {
-    /// So many consecutive input features.
-    Group(u32),
-    /// The whole row.
-    Channel,
-}
-
-/// How scales are chosen.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub enum Quality {
-    /// The very bytes that the format's own tool writes.
-    Reference,
-    /// Each group's scale by error search, in the same layout.
-    #[default]
-    Search,
-}
-
 impl Default for Request {
     fn default() -> Self {
         Self {
             format: "compressed-tensors".to_owned(),
             bits: None,
-            group_size: None,
-            symmetric: true,
-            quality: Quality::default(),
+            granularity: None,
+            symmetric: None,
+            quality: Quality::Search,
             skip: Vec::new(),
             only: Vec::new(),
         }
     }
+}
+
+/// What happens to one tensor.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Decision {
+    /// It is the weight of a module that is quantized.
+    Quantize(Scheme),
+    /// It is shown as it is.
+    Keep {
+        /// Why.
+        reason: Cow<'static, str>,
+        /// Whether a loader may take the module for one to replace, so that it must be ignored by
+        /// name.
+        linear: bool,
+    },
+}
+
+/// A decision for every tensor of a catalog, with its reason.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Assignment {
+    decisions: Vec<Decision>,
+    ignore: Vec<String>,
+    warnings: Vec<String>,
+}
+
+impl Assignment {
+    /// Decides for every tensor, offering `scheme` to each.
+    ///
+    /// Quantized is what is provably the weight of a Linear (see [`linear`]), is not spared for the
+    /// part it plays unless `--only` names it, passes the request's patterns, and is accepted by
+    /// the scheme. Weights that loaders fuse into one share one decision.
+    ///
+    /// # Errors
+    /// `Invalid` for a malformed pattern.
+    pub fn new(
+        catalog: &Catalog,
+        config: Option<&Value>,
+        request: &Request,
+        scheme: Scheme,
+    ) -> Result<Self> {
+        let skip = Patterns::new("--skip", &request.skip)?;
+        let only = Patterns::new("--only", &request.only)?;
+        let entries: Vec<linear::Entry<'_>> = catalog
+            .tensors()
+            .iter()
+            .map(|tensor| linear::Entry {
+                name: &tensor.name,
+                shape: &tensor.shape,
+                is_float: is_float(tensor.dtype),
+            })
+            .collect();
+        let kinds = linear::classify(&entries, config);
+        let mut decisions: Vec<Decision> = catalog
+            .tensors()
+            .iter()
+            .zip(&kinds)
+            .map(|(tensor, kind)| decide(tensor, *kind, &skip, &only, scheme))
+            .collect();
+        keep_fused_together(catalog, &mut decisions);
+        let mut warnings = Vec::new();
+        let modules = || catalog.tensors().iter().map(|tensor| module_of(&tensor.name));
+        for (flag, patterns) in [("--skip", &skip), ("--only", &only)] {
+            for pattern in patterns.unused(modules()) {
+                warnings.push(format!("{flag} {pattern:?} matches no module"));
+            }
+        }
+        if !decisions.iter().any(|decision| matches!(decision, Decision::Quantize(_))) {
+            warnings.push("nothing is left to quantize: shown as it is".to_owned());
+        } else if config.is_none() {
+            warnings.push("no config.json, so nothing declares the quantization".to_owned());
+        }
+        let ignore = ignored(catalog, &kinds, &decisions);
+        Ok(Self { decisions, ignore, warnings })
+    }
+
+    /// Keeps everything, for the reason given.
+    pub fn keep_all(catalog: &Catalog, reason: &'static str) -> Self {
+        let keep = Decision::Keep { reason: reason.into(), linear: false };
+        let decisions = vec![keep; catalog.tensors().len()];
+        Self { decisions, ignore: Vec::new(), warnings: Vec::new() }
+    }
+
+    /// The modules that a loader must leave alone although it has a Linear there, by every name
+    /// that a loader may know them by, then patterns.
+    pub fn ignore(&self) -> &[String] {
+        &self.ignore
+    }
+
+    /// What the user should know, a line each.
+    pub fn warnings(&self) -> &[String] {
+        &self.warnings
+    }
+}
+
+impl std::ops::Index<TensorId> for Assignment {
+    type Output = Decision;
+
+    fn index(&self, id: TensorId) -> &Decision {
+        &self.decisions[id]
+    }
+}
+
+/// The module that a tensor belongs to: its name without its last component.
+pub fn module_of(tensor: &str) -> &str {
+    tensor.rsplit_once('.').map_or(tensor, |(module, _)| module)
+}
+
+fn is_float(dtype: Dtype) -> bool {
+    matches!(dtype, Dtype::F16 | Dtype::BF16 | Dtype::F32 | Dtype::F64)
+}
+
+fn decide(
+    tensor: &Tensor,
+    kind: Kind,
+    skip: &Patterns,
+    only: &Patterns,
+    scheme: Scheme,
+) -> Decision {
+    let keep = |reason: Cow<'static, str>| Decision::Keep { reason, linear: kind.may_be_linear() };
+    let module = module_of(&tensor.name);
+    match kind {
+        Kind::Linear => {}
+        Kind::Spared(reason) if reason.is_opt_in() && only.find(module).is_some() => {}
+        Kind::Spared(reason) | Kind::Doubtful(reason) | Kind::Other(reason) => {
+            return keep(reason.as_str().into());
+        }
+    }
+    if !only.is_empty() && only.find(module).is_none() {
+        return keep("not named by --only".into());
+    }
+    if let Some(pattern) = skip.find(module) {
+        return keep(format!("--skip {pattern:?}").into());
+    }
+    match scheme.accepts(tensor.dtype, &tensor.shape) {
+        Ok(()) => Decision::Quantize(scheme),
+        Err(reason) => keep(reason.into()),
+    }
+}
+
+/// Keeps the rest of a fused group (q/k/v, gate/up, …) where one of it is kept: engines load the
+/// group as one weight, with one scheme.
+fn keep_fused_together(catalog: &Catalog, decisions: &mut [Decision]) {
+    let mut groups: HashMap<(&str, &str), Vec<TensorId>> = HashMap::new();
+    for (id, tensor) in catalog.tensors().iter().enumerate() {
+        let Some(module) = tensor.name.strip_suffix(".weight") else { continue };
+        if let Some(group) = linear::fused_group(module) {
+            groups.entry(group).or_default().push(id);
+        }
+    }
+    for ids in groups.into_values() {
+        let kept = ids.iter().find_map(|id| match &decisions[*id] {
+            Decision::Keep { reason, .. } => Some((*id, reason.clone())),
+            Decision::Quantize(_) => None,
+        });
+        let Some((kept, reason)) = kept else { continue };
+        let leaf = module_of(&catalog[kept].name).rsplit('.').next().unwrap_or_default();
+        for id in ids {
+            if matches!(decisions[id], Decision::Quantize(_)) {
+                let reason = format!("fused with {leaf}, which is kept: {reason}").into();
+                decisions[id] = Decision::Keep { reason, linear: true };
+            }
+        }
+    }
+}
+
+/// Every kept Linear by its own name and by those that loaders know it by, and the heads that a
+/// loader may make although the checkpoint has none.
+fn ignored(catalog: &Catalog, kinds: &[Kind], decisions: &[Decision]) -> Vec<String> {
+    let mut quantized = Vec::new();
+    let mut kept = Vec::new();
+    for ((tensor, kind), decision) in catalog.tensors().iter().zip(kinds).zip(decisions) {
+        let name = module_of(&tensor.name);
+        match decision {
+            Decision::Quantize(_) => quantized.push(name),
+            Decision::Keep { linear: true, .. } => kept.push(KeptModule { name, kind: *kind }),
+            Decision::Keep { .. } => {}
+        }
+    }
+    ignore::ignore(&kept, &quantized)
 }

@@ -50,10 +50,12 @@ impl SourceFile {
     ///
     /// # Errors
     /// `NotFound` or `Io` where it can't be opened, `Corrupt` where it isn't a regular file.
-    pub fn open(dir: &Path, name: &str) -> Result<(Self, File)> {
+    pub fn open(dir: &Path, name: impl AsRef<Path>) -> Result<(Self, File)> {
         static NEXT: AtomicU64 = AtomicU64::new(0);
-        let at = |cause| Error::io(name, cause);
-        let path = dir.join(name).canonicalize().map_err(at)?;
+        let name_path = name.as_ref();
+        let name = name_path.to_string_lossy().into_owned();
+        let at = |cause| Error::io(&name, cause);
+        let path = dir.join(name_path).canonicalize().map_err(at)?;
         // Before opening it: to open a FIFO would wait for its writer.
         if !path.metadata().map_err(at)?.is_file() {
             return Err(error::corrupt(format!("{name}: not a regular file")));
@@ -62,10 +64,10 @@ impl SourceFile {
         let metadata = file.metadata().map_err(at)?;
         let source = Self {
             id: NEXT.fetch_add(1, Ordering::Relaxed),
-            name: name.to_owned(),
             path,
             identity: Identity::of(&metadata),
             modified: metadata.modified().map_err(at)?,
+            name,
         };
         Ok((source, file))
     }

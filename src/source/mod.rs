@@ -18,6 +18,7 @@ use serde_json::{Map, Value};
 pub use catalog::{Catalog, Decoder, Extent, Tensor, TensorId};
 pub use file::{SourceFile, SourceFiles};
 pub use header::{Entry, Header, MAX_HEADER_BYTES};
+pub(crate) use index::is_adapter;
 pub use index::{INDEX_SUFFIX, Index, find_index_file};
 
 use crate::error::{self, Error, ErrorKind, Result};
@@ -30,6 +31,21 @@ pub struct Checkpoint {
     shards: Vec<Shard>,
     index: Option<Index>,
     config: Option<Config>,
+}
+
+/// A rectangle of a tensor viewed as a row-major matrix of a given width, in elements.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Window {
+    /// Columns of the matrix.
+    pub width: u64,
+    /// The first row.
+    pub first_row: u64,
+    /// Number of rows.
+    pub rows: u64,
+    /// The first column.
+    pub first_col: u64,
+    /// Number of columns.
+    pub cols: u64,
 }
 
 /// One safetensors file of a checkpoint.
@@ -148,6 +164,43 @@ impl Checkpoint {
     /// `config.json`, where the checkpoint has one.
     pub fn config(&self) -> Option<&Config> {
         self.config.as_ref()
+    }
+
+    /// Fills `buf` with a tensor's stored bytes from `offset` on.
+    ///
+    /// # Errors
+    /// `Stale` or `Io`, as [`SourceFiles::read_exact_at`].
+    pub fn read_exact_at(
+        &self,
+        files: &SourceFiles,
+        id: TensorId,
+        offset: u64,
+        buf: &mut [u8],
+    ) -> Result<()> {
+        let Extent { shard, start, .. } = self.catalog[id].operands[0];
+        files.read_exact_at(&self.shards[shard].file, start + offset, buf)
+    }
+
+    /// Shows `f` the elements of a window of a tensor, in its own element type: the bytes from the
+    /// window's first element to its last, with whatever lies between its rows.
+    ///
+    /// # Errors
+    /// `Stale` or `Io`, as [`SourceFiles::with_bytes`].
+    pub fn with_window<T>(
+        &self,
+        files: &SourceFiles,
+        id: TensorId,
+        window: Window,
+        f: impl FnOnce(&[u8]) -> T,
+    ) -> Result<T> {
+        let tensor = &self.catalog[id];
+        let Decoder::Plain = tensor.decoder;
+        let Extent { shard, start, .. } = tensor.operands[0];
+        let element = tensor.dtype.bitsize() as u64 / 8;
+        let Window { width, first_row, rows, first_col, cols } = window;
+        let first = first_row * width + first_col;
+        let len = ((rows - 1) * width + cols) * element;
+        files.with_bytes(&self.shards[shard].file, start + first * element, len, f)
     }
 
     /// The index's `metadata`, empty where there is no index.

@@ -1,16 +1,34 @@
 //! The virtual checkpoint: a tree of files, and `read_at`.
+//!
+//! Everything that follows from names, shapes and configs is fixed when a view is opened. After
+//! that [`View::read_at`] fails only where the source changed or can't be read.
 
+mod ahead;
+mod buffers;
+mod cache;
+mod model;
+mod shard;
 mod tree;
+mod walk;
 
 use std::num::NonZeroUsize;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
+pub use model::Model;
 pub use tree::{Node, NodeId, NodeKind, ROOT, Tree};
 
-use crate::error::{self, Error, Result};
+use crate::error::{self, Result};
+use crate::format;
+use crate::quant::Isa;
 use crate::recipe::Request;
 use crate::source::{SourceFile, SourceFiles};
+use ahead::{Streams, Workers};
+use buffers::Buffers;
+use cache::Cache;
+use model::Engine;
 
 /// Source files kept open and mapped at a time.
 const OPEN_FILES: NonZeroUsize = NonZeroUsize::new(64).expect("64 is not zero");
@@ -22,11 +40,14 @@ pub struct Budget {
     pub cache: u64,
     /// Source bytes that one chunk is encoded from, at least one unit of its scheme.
     pub chunk: u64,
+    /// Bytes that are encoded ahead of a sequential reader, on threads of the view's own; none are
+    /// where it is 0.
+    pub ahead: u64,
 }
 
 impl Default for Budget {
     fn default() -> Self {
-        Self { cache: 256 << 20, chunk: 2 << 20 }
+        Self { cache: 256 << 20, chunk: 2 << 20, ahead: 0 }
     }
 }
 
@@ -36,58 +57,128 @@ pub struct View {
     root: PathBuf,
     tree: Tree,
     contents: Vec<Content>,
-    sources: SourceFiles,
+    hidden: Vec<Hidden>,
+    warnings: Vec<String>,
+    shared: Arc<Shared>,
+    streams: Streams,
+    workers: OnceLock<Workers<Chunk>>,
 }
 
+/// What readers and the threads ahead of them share.
+#[derive(Debug)]
+struct Shared {
+    models: Vec<Model>,
+    engine: Engine,
+}
+
+/// A chunk to be encoded ahead of its reader.
+#[derive(Clone, Copy, Debug)]
+struct Chunk {
+    model: usize,
+    weight: usize,
+    chunk: u64,
+}
+
+/// A file of the source that the view does not show.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Hidden {
+    /// Its path below the view's root.
+    pub path: PathBuf,
+    /// Its length in bytes.
+    pub size: u64,
+    /// Why it isn't shown.
+    pub reason: &'static str,
+}
+
+/// Where a node's bytes come from.
 #[derive(Debug)]
 enum Content {
     Dir,
     /// A file shown as it is.
     Copy(Arc<SourceFile>),
+    /// A synthesized index or config.
+    Inline(Box<[u8]>),
+    /// A shard of the model at this position, by its position there.
+    Shard {
+        model: usize,
+        shard: usize,
+    },
+}
+
+/// Byte counts since the view was opened.
+#[derive(Debug, Default)]
+struct Counters {
+    source: Counter,
+    output: Counter,
+}
+
+#[derive(Debug, Default)]
+struct Counter(AtomicU64);
+
+impl Counter {
+    fn add(&self, bytes: u64) {
+        self.0.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// What a view has done and holds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Stats {
+    /// Bytes of encoded chunks that may be kept.
+    pub cache_budget: u64,
+    /// Bytes of encoded chunks kept.
+    pub cache_used: u64,
+    /// Parts of chunks found encoded.
+    pub cache_hits: u64,
+    /// Chunks encoded.
+    pub cache_misses: u64,
+    /// Bytes read from the source.
+    pub source_bytes: u64,
+    /// Bytes returned to readers.
+    pub output_bytes: u64,
+    /// Source files open.
+    pub open_files: usize,
+    /// Address space that they are mapped to.
+    pub mapped_bytes: u64,
 }
 
 impl View {
-    /// Opens what `path` leads to and plans every file of it.
+    /// Opens what `path` leads to and plans every file of it: a checkpoint's directory, its index,
+    /// its only weight file, or a directory that holds several checkpoints.
     ///
     /// # Errors
-    /// Whatever is wrong with the model or the request; see [`crate::source::Checkpoint::open`].
-    pub fn open(path: &Path, _request: &Request, _budget: Budget) -> Result<Self> {
-        let root = path.canonicalize().map_err(|cause| Error::io(path.display(), cause))?;
-        let modified = root.metadata().and_then(|m| m.modified());
-        let mut view = Self {
-            tree: Tree::new(modified.map_err(|cause| Error::io(path.display(), cause))?),
-            contents: vec![Content::Dir],
-            sources: SourceFiles::new(OPEN_FILES),
-            root: root.clone(),
+    /// Whatever is wrong with the model or the request, with file and tensor named; see
+    /// [`crate::source::Checkpoint::open`] and [`format::find`].
+    pub fn open(path: &Path, request: &Request, budget: Budget) -> Result<Self> {
+        let format = format::find(&request.format)?;
+        let mut walk = walk::Walk::new(format, request);
+        let root = walk.run(path)?;
+        let walk::Walk { tree, contents, models, hidden, warnings, .. } = walk;
+        let engine = Engine {
+            files: SourceFiles::new(OPEN_FILES),
+            cache: Cache::new(budget.cache),
+            buffers: Buffers::default(),
+            isa: Isa::detect(),
+            budget,
+            counters: Counters::default(),
         };
-        view.add_dir(&root, ROOT)?;
-        Ok(view)
+        Ok(Self {
+            root,
+            tree,
+            contents,
+            hidden,
+            warnings,
+            shared: Arc::new(Shared { models, engine }),
+            streams: Streams::default(),
+            workers: OnceLock::new(),
+        })
     }
 
-    fn add_dir(&mut self, dir: &Path, node: NodeId) -> Result<()> {
-        let at = |cause| Error::io(dir.display(), cause);
-        let mut entries =
-            std::fs::read_dir(dir).map_err(at)?.collect::<Result<Vec<_>, _>>().map_err(at)?;
-        entries.sort_by_key(|entry| entry.file_name());
-        for entry in entries {
-            let metadata = entry.path().metadata().map_err(at)?;
-            let modified = metadata.modified().map_err(at)?;
-            if metadata.is_dir() {
-                let kind = NodeKind::Dir { children: Vec::new() };
-                let child = self.tree.add(node, entry.file_name(), modified, kind);
-                self.contents.push(Content::Dir);
-                self.add_dir(&entry.path(), child)?;
-            } else {
-                let (file, _) = SourceFile::open(dir, &entry.file_name().to_string_lossy())?;
-                let kind = NodeKind::File { size: file.len() };
-                self.tree.add(node, entry.file_name(), modified, kind);
-                self.contents.push(Content::Copy(Arc::new(file)));
-            }
-        }
-        Ok(())
-    }
-
-    /// The canonical path of the model's directory.
+    /// The canonical path of the directory that the view shows.
     pub fn root(&self) -> &Path {
         &self.root
     }
@@ -95,6 +186,46 @@ impl View {
     /// Every file and directory.
     pub fn tree(&self) -> &Tree {
         &self.tree
+    }
+
+    /// The checkpoints in it.
+    pub fn models(&self) -> &[Model] {
+        &self.shared.models
+    }
+
+    /// The files that it does not show.
+    pub fn hidden(&self) -> &[Hidden] {
+        &self.hidden
+    }
+
+    /// What the user should know, a line each.
+    pub fn warnings(&self) -> &[String] {
+        &self.warnings
+    }
+
+    /// What the view has done and holds.
+    pub fn stats(&self) -> Stats {
+        let (cache_used, cache_hits, cache_misses) = self.shared.engine.cache.usage();
+        let (open_files, mapped_bytes) = self.shared.engine.files.mapped();
+        Stats {
+            cache_budget: self.shared.engine.budget.cache,
+            cache_used,
+            cache_hits,
+            cache_misses,
+            source_bytes: self.shared.engine.counters.source.get(),
+            output_bytes: self.shared.engine.counters.output.get(),
+            open_files,
+            mapped_bytes,
+        }
+    }
+
+    /// The model and the position in it of the shard that a file shows, if it shows one that is
+    /// synthesized.
+    pub fn shard_of(&self, file: NodeId) -> Option<(&Model, usize)> {
+        match self.contents[file] {
+            Content::Shard { model, shard } => Some((&self.shared.models[model], shard)),
+            _ => None,
+        }
     }
 
     /// Fills `buf` from `offset` of a file and returns how many bytes that were: all of `buf`, or
@@ -109,11 +240,48 @@ impl View {
             return Err(error::invalid("a directory can't be read"));
         };
         let len = size.saturating_sub(offset).min(buf.len() as u64) as usize;
+        if len == 0 {
+            return Ok(0);
+        }
         let buf = &mut buf[..len];
         match &self.contents[file] {
             Content::Dir => unreachable!("a file has content"),
-            Content::Copy(source) => self.sources.read_exact_at(source, offset, buf)?,
+            Content::Copy(source) => {
+                self.shared.engine.counters.source.add(len as u64);
+                self.shared.engine.files.read_exact_at(source, offset, buf)?;
+            }
+            Content::Inline(bytes) => {
+                buf.copy_from_slice(&bytes[offset as usize..offset as usize + len]);
+            }
+            Content::Shard { model, shard } => {
+                self.go_ahead(file, *model, *shard, offset..offset + len as u64);
+                let Shared { models, engine } = &*self.shared;
+                models[*model].read_shard(engine, *shard, offset, buf)?;
+            }
         }
+        self.shared.engine.counters.output.add(len as u64);
         Ok(len)
+    }
+
+    /// Has the chunks encoded that whoever reads `range` will want next.
+    fn go_ahead(&self, file: NodeId, model: usize, shard: usize, range: Range<u64>) {
+        let Budget { ahead, cache, .. } = self.shared.engine.budget;
+        // What is made ahead must not push itself out of the cache.
+        let window = ahead.min(cache / 4);
+        if window == 0 {
+            return;
+        }
+        if let Some(next) = self.streams.follow(file, range, window) {
+            let workers = self.workers.get_or_init(|| {
+                let threads = std::thread::available_parallelism().map_or(1, usize::from);
+                let shared = self.shared.clone();
+                Workers::start(threads, move |Chunk { model, weight, chunk }| {
+                    // Whoever reads the chunk meets the error, if it is still there.
+                    let _ = shared.models[model].prepare(&shared.engine, weight, chunk);
+                })
+            });
+            let chunks = self.shared.models[model].chunks_of(&self.shared.engine, shard, next);
+            workers.offer(chunks.map(|(weight, chunk)| Chunk { model, weight, chunk }));
+        }
     }
 }

@@ -1,0 +1,48 @@
+#!/usr/bin/env python3
+"""Records what other tools' quantized checkpoints hold, as one line of digest per tensor.
+
+    record_golden.py CHECKPOINT... > tests/fixtures/golden.json
+
+Each CHECKPOINT is a directory that a format's own tool wrote from tests/fixtures/llama-bf16. The
+digest is the SHA-256 of the tensor's bytes. Needs nothing but Python.
+"""
+
+import hashlib
+import json
+import pathlib
+import struct
+import sys
+
+
+def tensors(directory):
+    for path in sorted(directory.glob("*.safetensors")):
+        raw = path.read_bytes()
+        (length,) = struct.unpack_from("<Q", raw)
+        header = json.loads(raw[8 : 8 + length])
+        header.pop("__metadata__", None)
+        for name, info in header.items():
+            start, end = (8 + length + offset for offset in info["data_offsets"])
+            digest = hashlib.sha256(raw[start:end]).hexdigest()
+            yield name, [info["dtype"], info["shape"], digest]
+
+
+recorded = {}
+for argument in sys.argv[1:]:
+    directory = pathlib.Path(argument)
+    config = json.loads((directory / "config.json").read_text())
+    recorded[directory.name] = {
+        "quantization_config": config["quantization_config"],
+        "tensors": dict(sorted(tensors(directory))),
+    }
+lines = []
+for name, checkpoint in sorted(recorded.items()):
+    rows = ",\n".join(
+        f"      {json.dumps(tensor)}: {json.dumps(row)}"
+        for tensor, row in checkpoint["tensors"].items()
+    )
+    config = json.dumps(checkpoint["quantization_config"], sort_keys=True)
+    lines.append(
+        f'  {json.dumps(name)}: {{\n    "quantization_config": {config},\n'
+        f'    "tensors": {{\n{rows}\n    }}\n  }}'
+    )
+print("{\n" + ",\n".join(lines) + "\n}")

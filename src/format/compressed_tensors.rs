@@ -1,0 +1,183 @@
+//! compressed-tensors integer formats: pack-quantized and int-quantized.
+//!
+//! For the weight `X.weight` of shape `[R, C]`, with `G` groups to a row and `b` bits:
+//!
+//! ```text
+//! pack-quantized (W2..W8, weight-only)
+//!   X.weight_packed      I32         [R, ceil(C*b/32)]   code + 2^(b-1), a dense bit stream per row
+//!   X.weight_scale       as X.weight [R, G]
+//!   X.weight_zero_point  I32         [ceil(R*b/32), G]   asymmetric only; packed down the rows
+//!   X.weight_shape       I64         [2]                 R, C
+//!
+//! int-quantized (W8A8, activations quantized per token by the loader)
+//!   X.weight             I8          [R, C]
+//!   X.weight_scale       as X.weight [R, 1]
+//! ```
+//!
+//! Upstream: `compressed_tensors/compressors/pack_quantized` and `naive_quantized` of
+//! github.com/vllm-project/compressed-tensors 0.19.0 and 0.20.0. 3, 5, 6 and 7 bits are packed as
+//! from 0.18 on.
+
+use serde_json::{Value, json};
+
+use super::{Content, Format, Item, Plan};
+use crate::dtype::Dtype;
+use crate::error::{self, Result};
+use crate::quant::{Granularity, IntScheme, Packing, Scheme};
+use crate::recipe::{Assignment, Decision, Request, module_of};
+use crate::source::Catalog;
+
+/// `compressed-tensors`: pack-quantized, weight-only integers of 2 to 8 bits.
+#[derive(Debug)]
+pub(super) struct PackQuantized;
+
+/// `ct-int8`: int-quantized, 8-bit weights with 8-bit activations.
+#[derive(Debug)]
+pub(super) struct IntQuantized;
+
+impl Format for PackQuantized {
+    fn name(&self) -> &'static str {
+        "compressed-tensors"
+    }
+
+    fn about(&self) -> &'static str {
+        "pack-quantized integers of 2 to 8 bits, weight-only, for transformers, vLLM and SGLang"
+    }
+
+    fn plan(&self, catalog: &Catalog, config: Option<&Value>, request: &Request) -> Result<Plan> {
+        let bits = request.bits.unwrap_or(4);
+        if !(2..=8).contains(&bits) {
+            return Err(error::invalid(format!("compressed-tensors has 2 to 8 bits, not {bits}")));
+        }
+        let granularity = request.granularity.unwrap_or(Granularity::Group(128));
+        if granularity == Granularity::Group(0) {
+            return Err(error::invalid("a group has at least one weight"));
+        }
+        let scheme = IntScheme {
+            bits,
+            granularity,
+            symmetric: request.symmetric.unwrap_or(true),
+            packing: Packing::Packed32,
+            quality: request.quality,
+        };
+        plan(catalog, config, request, scheme)
+    }
+}
+
+impl Format for IntQuantized {
+    fn name(&self) -> &'static str {
+        "ct-int8"
+    }
+
+    fn about(&self) -> &'static str {
+        "int-quantized W8A8: 8-bit weights per channel, 8-bit activations, for transformers and vLLM"
+    }
+
+    fn plan(&self, catalog: &Catalog, config: Option<&Value>, request: &Request) -> Result<Plan> {
+        if let Some(bits) = request.bits.filter(|bits| *bits != 8) {
+            return Err(error::invalid(format!("ct-int8 has 8 bits, not {bits}")));
+        }
+        if let Some(Granularity::Group(size)) = request.granularity {
+            return Err(error::invalid(format!(
+                "ct-int8 has one scale per output channel, not per group of {size}"
+            )));
+        }
+        if request.symmetric == Some(false) {
+            return Err(error::invalid("ct-int8 is symmetric"));
+        }
+        let scheme = IntScheme {
+            bits: 8,
+            granularity: Granularity::Channel,
+            symmetric: true,
+            packing: Packing::Int8,
+            quality: request.quality,
+        };
+        plan(catalog, config, request, scheme)
+    }
+}
+
+fn plan(
+    catalog: &Catalog,
+    config: Option<&Value>,
+    request: &Request,
+    scheme: IntScheme,
+) -> Result<Plan> {
+    let assignment = Assignment::new(catalog, config, request, Scheme::Int(scheme))?;
+    let mut plan = Plan::new(assignment, catalog.tensors().len() * 2);
+    for (id, tensor) in catalog.tensors().iter().enumerate() {
+        let Decision::Quantize(scheme) = plan.assignment[id] else {
+            plan.keep(catalog, id);
+            continue;
+        };
+        let Scheme::Int(int) = scheme;
+        let module = module_of(&tensor.name);
+        let codes = match int.packing {
+            Packing::Packed32 => "weight_packed",
+            Packing::Int8 => "weight",
+        };
+        let mut names = vec![format!("{module}.{codes}"), format!("{module}.weight_scale")];
+        if !int.symmetric {
+            names.push(format!("{module}.weight_zero_point"));
+        }
+        plan.encode(catalog, id, scheme, &names);
+        if int.packing == Packing::Packed32 {
+            plan.items.push(Item {
+                name: format!("{module}.weight_shape"),
+                dtype: Dtype::I64,
+                shape: vec![2],
+                tensor: id,
+                content: Content::Inline(
+                    tensor.shape.iter().flat_map(|dim| dim.to_le_bytes()).collect(),
+                ),
+            });
+        }
+    }
+    if !plan.weights.is_empty() {
+        plan.quantization_config = Some(quantization_config(scheme, plan.assignment.ignore()));
+    }
+    Ok(plan)
+}
+
+/// `quantization_config` as compressed-tensors 0.20 writes it, less its null fields: older readers
+/// refuse fields that they don't know.
+fn quantization_config(scheme: IntScheme, ignore: &[String]) -> Value {
+    let mut weights = json!({
+        "num_bits": scheme.bits,
+        "type": "int",
+        "symmetric": scheme.symmetric,
+        "strategy": "channel",
+        "dynamic": false,
+    });
+    if let Granularity::Group(size) = scheme.granularity {
+        weights["strategy"] = "group".into();
+        weights["group_size"] = size.into();
+    }
+    let (format, activations) = match scheme.packing {
+        Packing::Packed32 => ("pack-quantized", Value::Null),
+        Packing::Int8 => (
+            "int-quantized",
+            json!({
+                "num_bits": 8,
+                "type": "int",
+                "symmetric": true,
+                "strategy": "token",
+                "dynamic": true,
+            }),
+        ),
+    };
+    json!({
+        "quant_method": "compressed-tensors",
+        "format": format,
+        "quantization_status": "compressed",
+        "config_groups": {
+            "group_0": {
+                "format": format,
+                "targets": ["Linear"],
+                "weights": weights,
+                "input_activations": activations,
+                "output_activations": null,
+            },
+        },
+        "ignore": ignore,
+    })
+}

@@ -1,0 +1,110 @@
+//! Sets members of a `config.json` and leaves every other byte of it alone.
+
+use serde_json::{Map, Value};
+
+/// The text of a JSON object with top-level members removed and others appended.
+///
+/// What is appended is indented by two spaces, as transformers writes its configs. `text` is an
+/// object that parses but for Python's bare floats.
+pub(crate) fn edited(text: &str, remove: &[&str], append: &Map<String, Value>) -> String {
+    let (open, members, close) = members(text);
+    let kept: Vec<&str> = members
+        .iter()
+        .filter(|(key, _)| !remove.contains(&key.as_str()) && !append.contains_key(key.as_str()))
+        .map(|(_, span)| &text[span.clone()])
+        .collect();
+    let mut out = text[..=open].to_owned();
+    out.push_str(&kept.join(","));
+    let mut first = kept.is_empty();
+    for (key, value) in append {
+        if !first {
+            // What stood between the last member and the next comma or brace.
+            out.truncate(out.trim_end().len());
+            out.push(',');
+        }
+        first = false;
+        let value = serde_json::to_string_pretty(value).expect("JSON values serialize");
+        let key = Value::from(key.as_str());
+        out.push_str(&format!("\n  {key}: {}", value.replace('\n', "\n  ")));
+    }
+    if !append.is_empty() {
+        out.push('\n');
+    }
+    out.push_str(&text[close..]);
+    out
+}
+
+type Member = (String, std::ops::Range<usize>);
+
+/// The positions of a JSON object's braces, and its members with the white space around them.
+fn members(text: &str) -> (usize, Vec<Member>, usize) {
+    let open = text.find('{').expect("the config is an object");
+    let mut members = Vec::new();
+    let mut depth = 0usize;
+    let mut in_string = false;
+    let mut escaped = false;
+    let mut start = open + 1;
+    for (at, byte) in text.bytes().enumerate().skip(open) {
+        if in_string {
+            (in_string, escaped) = (escaped || byte != b'"', !escaped && byte == b'\\');
+            continue;
+        }
+        match byte {
+            b'"' => in_string = true,
+            b'{' | b'[' => depth += 1,
+            b',' if depth == 1 => {
+                members.push((key_of(&text[start..at]), start..at));
+                start = at + 1;
+            }
+            b'}' | b']' => {
+                depth -= 1;
+                if depth == 0 {
+                    if !text[start..at].trim().is_empty() {
+                        members.push((key_of(&text[start..at]), start..at));
+                    }
+                    return (open, members, at);
+                }
+            }
+            _ => {}
+        }
+    }
+    unreachable!("the config's last brace closes it")
+}
+
+/// The key of `"key": value`.
+fn key_of(member: &str) -> String {
+    let keys = serde_json::Deserializer::from_str(member).into_iter::<String>();
+    keys.flatten().next().expect("a member starts with its key")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[track_caller]
+    fn check(text: &str, remove: &[&str], append: Value, expected: &str) {
+        let append = append.as_object().expect("an object").clone();
+        assert_eq!(edited(text, remove, &append), expected);
+    }
+
+    #[test]
+    fn every_other_byte_stays() {
+        check("{}", &[], json!({}), "{}");
+        check("{}\n", &[], json!({"q": 1}), "{\n  \"q\": 1\n}\n");
+        check(
+            "{\n  \"eps\": 1e-06,\n  \"inf\": [0.0, Infinity]\n}\n",
+            &[],
+            json!({"q": {"bits": 4}}),
+            "{\n  \"eps\": 1e-06,\n  \"inf\": [0.0, Infinity],\n  \"q\": {\n    \"bits\": 4\n  }\n}\n",
+        );
+        check(
+            r#" {"a":"}\",{","q":{"x":[1,2]},"b":2}"#,
+            &[],
+            json!({"q": null}),
+            " {\"a\":\"}\\\",{\",\"b\":2,\n  \"q\": null\n}",
+        );
+        check(r#"{"a":1,"q":2}"#, &["q"], json!({}), r#"{"a":1}"#);
+        check(r#"{"q\u0071":"\\","b":[{}]}"#, &["qq"], json!({}), r#"{"b":[{}]}"#);
+    }
+}

@@ -1,0 +1,153 @@
+//! How a quantized checkpoint is written down: one file per format.
+//!
+//! A format turns names, element types and shapes into a [`Plan`]: which tensors each shard shows,
+//! where their bytes come from, and what `config.json` declares. Planning is pure; no weight is
+//! read.
+
+mod compressed_tensors;
+pub(crate) mod config;
+mod dense;
+
+use std::fmt::Debug;
+
+use serde_json::Value;
+
+use crate::dtype::{self, Dtype};
+use crate::error::{self, Result};
+use crate::quant::Scheme;
+use crate::recipe::{Assignment, Request};
+use crate::source::{Catalog, TensorId};
+
+/// One way of writing down a quantized checkpoint.
+pub trait Format: Debug + Sync {
+    /// The name that `--format` takes.
+    fn name(&self) -> &'static str;
+
+    /// One line: what it is, and who reads it.
+    fn about(&self) -> &'static str;
+
+    /// What every shard shows of a checkpoint, given its catalog and the value of its
+    /// `config.json`, if it has one.
+    ///
+    /// # Errors
+    /// `Invalid` for a request that the format can't express.
+    fn plan(&self, catalog: &Catalog, config: Option<&Value>, request: &Request) -> Result<Plan>;
+}
+
+/// Every format, in the order in which they are listed to users.
+pub static FORMATS: &[&dyn Format] =
+    &[&dense::Dense, &compressed_tensors::PackQuantized, &compressed_tensors::IntQuantized];
+
+/// The format of that name.
+///
+/// # Errors
+/// `Invalid` with the names there are.
+pub fn find(name: &str) -> Result<&'static dyn Format> {
+    FORMATS.iter().copied().find(|format| format.name() == name).ok_or_else(|| {
+        let names: Vec<&str> = FORMATS.iter().map(|format| format.name()).collect();
+        error::invalid(format!("no format {name:?}: there are {}", names.join(", ")))
+    })
+}
+
+/// What a format shows of a checkpoint.
+#[derive(Debug)]
+pub struct Plan {
+    /// What happens to every tensor.
+    pub assignment: Assignment,
+    /// The weights that are encoded, in source order.
+    pub weights: Vec<Weight>,
+    /// The tensors shown, in source order, a weight's parts next to each other.
+    pub items: Vec<Item>,
+    /// The value of `quantization_config`; `None` where nothing is quantized and `config.json`
+    /// stays as it is.
+    pub quantization_config: Option<Value>,
+}
+
+/// A weight that is encoded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Weight {
+    /// The source tensor.
+    pub tensor: TensorId,
+    /// How it becomes codes.
+    pub scheme: Scheme,
+}
+
+/// One tensor that a view shows.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Item {
+    /// Its name.
+    pub name: String,
+    /// Its element type.
+    pub dtype: Dtype,
+    /// Its shape.
+    pub shape: Vec<u64>,
+    /// The source tensor that it comes from, and whose shard shows it.
+    pub tensor: TensorId,
+    /// Where its bytes come from.
+    pub content: Content,
+}
+
+/// Where the bytes of a tensor come from.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Content {
+    /// Straight from the source tensor.
+    Source,
+    /// Small metadata, here.
+    Inline(Box<[u8]>),
+    /// A part of an encoded weight.
+    Part {
+        /// Position in [`Plan::weights`].
+        weight: usize,
+        /// Position in the scheme's parts.
+        part: usize,
+    },
+}
+
+impl Plan {
+    /// A plan with nothing in it yet.
+    fn new(assignment: Assignment, tensors: usize) -> Self {
+        Self {
+            assignment,
+            weights: Vec::new(),
+            items: Vec::with_capacity(tensors),
+            quantization_config: None,
+        }
+    }
+
+    /// Shows a source tensor as it is.
+    fn keep(&mut self, catalog: &Catalog, id: TensorId) {
+        let tensor = &catalog[id];
+        self.items.push(Item {
+            name: tensor.name.clone(),
+            dtype: tensor.dtype,
+            shape: tensor.shape.clone(),
+            tensor: id,
+            content: Content::Source,
+        });
+    }
+
+    /// Encodes a source tensor, and shows its parts by the names given, in the scheme's order.
+    fn encode(&mut self, catalog: &Catalog, id: TensorId, scheme: Scheme, names: &[String]) {
+        let tensor = &catalog[id];
+        let weight = self.weights.len();
+        self.weights.push(Weight { tensor: id, scheme });
+        let parts = scheme.parts(tensor.dtype, &tensor.shape);
+        assert_eq!(parts.len(), names.len(), "a name for each part of `{}`", tensor.name);
+        for (part, (spec, name)) in parts.into_iter().zip(names).enumerate() {
+            self.items.push(Item {
+                name: name.clone(),
+                dtype: spec.dtype,
+                shape: spec.shape,
+                tensor: id,
+                content: Content::Part { weight, part },
+            });
+        }
+    }
+}
+
+impl Item {
+    /// Its length in bytes.
+    pub fn byte_len(&self) -> u64 {
+        dtype::byte_len(self.dtype, &self.shape).expect("planned tensors have a size")
+    }
+}

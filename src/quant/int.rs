@@ -1,0 +1,387 @@
+//! Integer codes with a scale, and perhaps a zero point, per group or channel.
+//!
+//! With `b` bits, codes `q` run from `-2^(b-1)` to `2^(b-1) - 1`; a weight is about
+//! `(q - zero_point) * scale`. In the formulas `r` rounds to the source's element type, as every
+//! intermediate of compressed-tensors is, and `rint` to the nearest integer, ties to even. Over a
+//! group, `min` and `max` are widened to include zero:
+//!
+//! ```text
+//! symmetric   scale = r(max(-min, max) / ((2^b - 1) / 2))
+//!             q = rint(clamp(r(x / scale)))
+//! asymmetric  scale = r(r(max - min) / (2^b - 1))
+//!             zero_point = rint(clamp(r(-2^(b-1) - r(min / scale))))
+//!             q = rint(clamp(r(r(x / scale) + zero_point)))
+//! ```
+//!
+//! A zero point of 0/0 is 0, and then a scale of zero is the type's epsilon. A group with a NaN has
+//! scale NaN, one with an infinity an infinite scale; whatever comes out as NaN has code 0. Either
+//! way such a group dequantizes to nothing finite that could be mistaken for weights.
+
+use crate::dtype::Dtype;
+
+use super::grid::{Axis, Grid, PartBytes};
+use super::isa::{Isa, Kernel};
+use super::pack::{pack, pack_down, packed_len, unpack, word_of};
+use super::search::Search;
+use super::tile::{Bf16, Element, Extremes, F16, F32, Reals, Tile};
+use super::{Part, Quality, Role};
+
+/// Which weights share a scale.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Granularity {
+    /// This many consecutive input features of an output feature.
+    Group(u32),
+    /// All input features of an output feature.
+    Channel,
+}
+
+/// How codes lie in memory.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Packing {
+    /// `q + 2^(b-1)` in `b` bits, each row a dense stream, lowest bit first, padded to 32-bit
+    /// words. Zero points likewise, down the rows.
+    Packed32,
+    /// `q` in a signed byte. Zero points likewise.
+    Int8,
+}
+
+/// Integers with a scale per group or channel.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct IntScheme {
+    /// Bits of a code, 2 to 8.
+    pub bits: u8,
+    /// Which weights share a scale.
+    pub granularity: Granularity,
+    /// Whether there are no zero points.
+    pub symmetric: bool,
+    /// How codes lie in memory.
+    pub packing: Packing,
+    /// How scales are chosen.
+    pub quality: Quality,
+}
+
+impl IntScheme {
+    pub(super) fn accepts(&self, dtype: Dtype, shape: &[u64]) -> Result<(), String> {
+        if !(2..=8).contains(&self.bits) {
+            return Err(format!("{} bits are not among 2 to 8", self.bits));
+        }
+        if Reals::new(dtype, &[]).is_none() {
+            return Err(format!("element type {dtype:?} is not one of BF16, F16, F32"));
+        }
+        let &[rows, cols] = shape else {
+            return Err(format!("shape {shape:?} is not a matrix"));
+        };
+        if rows == 0 || cols == 0 {
+            return Err(format!("shape {shape:?} has no elements"));
+        }
+        match self.granularity {
+            Granularity::Group(0) => Err("group size 0".to_owned()),
+            Granularity::Group(size) if cols % u64::from(size) != 0 => {
+                Err(format!("group size {size} does not divide {cols} input features"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    pub(super) fn parts(&self, dtype: Dtype, shape: &[u64]) -> Vec<Part> {
+        let (rows, cols) = (shape[0], shape[1]);
+        let groups = cols / self.group(cols);
+        let words = |codes: u64| (codes * u64::from(self.bits)).div_ceil(32);
+        let (codes, zero_points) = match self.packing {
+            Packing::Packed32 => {
+                ((Dtype::I32, [rows, words(cols)]), (Dtype::I32, [words(rows), groups]))
+            }
+            Packing::Int8 => ((Dtype::I8, [rows, cols]), (Dtype::I8, [rows, groups])),
+        };
+        let part = |role, (dtype, shape): (_, [u64; 2])| Part { role, dtype, shape: shape.into() };
+        let mut parts = vec![part(Role::Codes, codes), part(Role::Scale, (dtype, [rows, groups]))];
+        if !self.symmetric {
+            parts.push(part(Role::ZeroPoint, zero_points));
+        }
+        parts
+    }
+
+    pub(super) fn grid(&self, dtype: Dtype, shape: &[u64], source_bytes: u64) -> Grid {
+        let (rows, cols) = (shape[0], shape[1]);
+        // `b` words of packed zero points hold those of 32 rows.
+        let unit = if self.symmetric || self.packing == Packing::Int8 { 1 } else { 32 };
+        let part_bytes = |rows| self.parts(dtype, &[rows, cols]).into_iter().map(|p| p.bytes());
+        let parts: Vec<_> = part_bytes(unit)
+            .zip(part_bytes(rows))
+            .map(|(unit, slab)| PartBytes { unit, slab })
+            .collect();
+        let element = (dtype.bitsize() / 8) as u64;
+        Grid::new((1, rows, cols), Axis::Rows, unit, &parts, element, source_bytes)
+    }
+
+    pub(super) fn encode(&self, isa: Isa, tile: &Tile<'_>, out: &mut [&mut [u8]]) {
+        let dtype = tile.data.dtype();
+        let parts = self.parts(dtype, &[tile.rows as u64, tile.cols as u64]);
+        assert_eq!(parts.len(), out.len(), "number of parts");
+        for (part, out) in parts.iter().zip(out.iter()) {
+            assert_eq!(part.bytes(), out.len() as u64, "bytes of {:?}", part.role);
+        }
+        let (codes, rest) = out.split_first_mut().expect("codes are a part");
+        let (scales, rest) = rest.split_first_mut().expect("scales are a part");
+        let zero_points = rest.first_mut().map_or(&mut [][..], |z| &mut **z);
+        match tile.data {
+            Reals::Bf16(bytes) => {
+                self.encode_as::<Bf16>(isa, bytes, tile, codes, scales, zero_points);
+            }
+            Reals::F16(bytes) => {
+                self.encode_as::<F16>(isa, bytes, tile, codes, scales, zero_points);
+            }
+            Reals::F32(bytes) => {
+                self.encode_as::<F32>(isa, bytes, tile, codes, scales, zero_points);
+            }
+        }
+    }
+
+    pub(super) fn decode(
+        &self,
+        dtype: Dtype,
+        (rows, cols): (usize, usize),
+        parts: &[&[u8]],
+        out: &mut [f32],
+    ) {
+        assert_eq!(out.len(), rows * cols, "number of elements");
+        for (part, bytes) in self.parts(dtype, &[rows as u64, cols as u64]).iter().zip(parts) {
+            assert_eq!(part.bytes(), bytes.len() as u64, "bytes of {:?}", part.role);
+        }
+        match dtype {
+            Dtype::BF16 => self.decode_as::<Bf16>((rows, cols), parts, out),
+            Dtype::F16 => self.decode_as::<F16>((rows, cols), parts, out),
+            Dtype::F32 => self.decode_as::<F32>((rows, cols), parts, out),
+            _ => unreachable!("`accepts` refuses {dtype:?}"),
+        }
+    }
+
+    /// Elements that share a scale, in rows of `cols`.
+    fn group(&self, cols: u64) -> u64 {
+        match self.granularity {
+            Granularity::Group(size) => u64::from(size),
+            Granularity::Channel => cols,
+        }
+    }
+
+    fn encode_as<E: Element>(
+        &self,
+        isa: Isa,
+        bytes: &[u8],
+        tile: &Tile<'_>,
+        codes: &mut [u8],
+        scales: &mut [u8],
+        zero_points: &mut [u8],
+    ) {
+        let (source, cols, stride) = (E::split(bytes), tile.cols, tile.stride);
+        let group = self.group(cols as u64) as usize;
+        isa.run(Encode::<E> {
+            scheme: self,
+            source,
+            cols,
+            stride,
+            group,
+            codes,
+            scales,
+            zero_points,
+        });
+    }
+
+    fn decode_as<E: Element>(
+        &self,
+        (rows, cols): (usize, usize),
+        parts: &[&[u8]],
+        out: &mut [f32],
+    ) {
+        let group = self.group(cols as u64) as usize;
+        let groups = cols / group;
+        let code_at = |bytes: &[u8], index: usize, word: &dyn Fn(usize) -> usize| match self.packing
+        {
+            Packing::Packed32 => {
+                let code = unpack(self.bits, index, |w| word_of(bytes, word(w)));
+                i32::from(code) - (1 << (self.bits - 1))
+            }
+            Packing::Int8 => i32::from(bytes[word(index)].cast_signed()),
+        };
+        let row_len = parts[0].len() / rows;
+        for (r, out) in out.chunks_exact_mut(cols).enumerate() {
+            let codes = &parts[0][r * row_len..][..row_len];
+            for (c, out) in out.iter_mut().enumerate() {
+                let g = c / group;
+                let scale = E::widen(E::split(parts[1])[r * groups + g]);
+                let zero = match (self.symmetric, self.packing) {
+                    (true, _) => 0,
+                    (false, Packing::Packed32) => code_at(parts[2], r, &|w| w * groups + g),
+                    (false, Packing::Int8) => code_at(parts[2], r * groups + g, &|i| i),
+                };
+                *out = E::round((code_at(codes, c, &|w| w) - zero) as f32 * scale);
+            }
+        }
+    }
+}
+
+/// The codes of a scheme.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Codes {
+    /// The smallest, `-2^(b-1)`.
+    pub(super) low: f32,
+    /// The largest.
+    pub(super) high: f32,
+    /// What is added to a code when it is stored.
+    pub(super) offset: f32,
+}
+
+impl Codes {
+    fn new(bits: u8, packing: Packing) -> Self {
+        let half = f32::from(1u8 << (bits - 1));
+        let offset = if packing == Packing::Packed32 { half } else { 0.0 };
+        Self { low: -half, high: half - 1.0, offset }
+    }
+
+    /// The number of steps from lowest to highest.
+    pub(super) fn steps(self) -> f32 {
+        self.high - self.low
+    }
+
+    #[inline(always)]
+    pub(super) fn clamp(self, x: f32) -> f32 {
+        let x = if x < self.low { self.low } else { x };
+        if x > self.high { self.high } else { x }
+    }
+
+    /// The stored byte of `rint(x)`, for `x` within the codes.
+    #[inline(always)]
+    pub(super) fn byte(self, x: f32) -> u8 {
+        // A sum near 1.5 * 2^23 has a spacing of 1: the addition rounds, ties to even (the offset
+        // is even), and leaves the integer, modulo 256, in the lowest byte.
+        (x + (12_582_912.0 + self.offset)).to_bits() as u8
+    }
+}
+
+/// The scale and zero point of a group, both as stored.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Fit {
+    pub(super) scale: f32,
+    pub(super) zero_point: f32,
+}
+
+/// The encoding of one tile.
+struct Encode<'a, E: Element> {
+    scheme: &'a IntScheme,
+    source: &'a [E::Raw],
+    cols: usize,
+    stride: usize,
+    group: usize,
+    codes: &'a mut [u8],
+    scales: &'a mut [u8],
+    zero_points: &'a mut [u8],
+}
+
+impl<E: Element> Kernel for Encode<'_, E> {
+    #[inline(always)]
+    fn run(self) {
+        let IntScheme { bits, symmetric, packing, quality, .. } = *self.scheme;
+        let range = Codes::new(bits, packing);
+        let groups = self.cols / self.group;
+        let row_len = match packing {
+            Packing::Packed32 => packed_len(self.cols, bits),
+            Packing::Int8 => self.cols,
+        };
+        let mut row_codes = vec![0; self.cols.next_multiple_of(8)];
+        let mut row_zeros = vec![0; groups];
+        let mut search = match quality {
+            Quality::Reference => None,
+            Quality::Search => Some(Search::new(range, symmetric, self.group)),
+        };
+        self.zero_points.fill(0);
+        let rows = self.codes.chunks_exact_mut(row_len);
+        let scales = self.scales.chunks_exact_mut(groups * E::SIZE);
+        for (r, (codes, scales)) in rows.zip(scales).enumerate() {
+            let row = &self.source[r * self.stride..][..self.cols];
+            for (g, group) in row.chunks_exact(self.group).enumerate() {
+                let out = &mut row_codes[g * self.group..][..self.group];
+                let fit = match &mut search {
+                    None => encode_group::<E>(range, symmetric, group, out),
+                    Some(search) => search.encode_group::<E>(group, out),
+                };
+                E::store(fit.scale, &mut scales[g * E::SIZE..]);
+                row_zeros[g] = range.byte(fit.zero_point);
+            }
+            match packing {
+                Packing::Packed32 => pack(bits, &row_codes, codes),
+                Packing::Int8 => codes.copy_from_slice(&row_codes[..self.cols]),
+            }
+            if !symmetric {
+                match packing {
+                    Packing::Packed32 => pack_down(bits, r, &row_zeros, self.zero_points),
+                    Packing::Int8 => {
+                        self.zero_points[r * groups..][..groups].copy_from_slice(&row_zeros);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Encodes a group as compressed-tensors does.
+#[inline(always)]
+pub(super) fn encode_group<E: Element>(
+    range: Codes,
+    symmetric: bool,
+    group: &[E::Raw],
+    out: &mut [u8],
+) -> Fit {
+    let fit = fit::<E>(range, symmetric, E::extremes(group));
+    codes::<E>(range, symmetric, fit, group, out);
+    fit
+}
+
+/// Scale and zero point of a group, as compressed-tensors chooses them.
+#[inline(always)]
+pub(super) fn fit<E: Element>(range: Codes, symmetric: bool, extremes: Extremes) -> Fit {
+    let (scale, zero_point) = if symmetric {
+        (E::round(extremes.magnitude() / (range.steps() / 2.0)), 0.0)
+    } else {
+        let Extremes { min, max } = extremes;
+        let scale = E::round(E::round(max - min) / range.steps());
+        let zero = E::round(range.low - E::round(min / scale));
+        (scale, if zero.is_nan() { 0.0 } else { range.clamp(zero).round_ties_even() })
+    };
+    Fit { scale: if scale == 0.0 { E::EPSILON } else { scale }, zero_point }
+}
+
+/// Codes of a group, as compressed-tensors computes them.
+#[inline(always)]
+pub(super) fn codes<E: Element>(
+    range: Codes,
+    symmetric: bool,
+    Fit { scale, zero_point }: Fit,
+    group: &[E::Raw],
+    out: &mut [u8],
+) {
+    if !MODERATE.contains(&scale) {
+        for (&raw, out) in group.iter().zip(out) {
+            let x = E::round(E::widen(raw) / scale);
+            let x = if symmetric { x } else { E::round(x + zero_point) };
+            *out = range.byte(if x.is_nan() { 0.0 } else { range.clamp(x) });
+        }
+        return;
+    }
+    let reciprocal = 1.0 / scale;
+    if symmetric {
+        for (&raw, out) in group.iter().zip(out) {
+            let x = E::quotient(E::widen(raw), scale, reciprocal);
+            *out = range.byte(range.clamp(x));
+        }
+    } else {
+        for (&raw, out) in group.iter().zip(out) {
+            let x = E::quotient(E::widen(raw), scale, reciprocal);
+            *out = range.byte(range.clamp(E::round_moderate(x + zero_point)));
+        }
+    }
+}
+
+/// Scales, 2^-100 to 2^100, whose reciprocal is as precise as they are. A scale of infinity or NaN
+/// is not among them, so neither is the weight that made it.
+pub(super) const MODERATE: std::ops::RangeInclusive<f32> =
+    f32::from_bits(27 << 23)..=f32::from_bits(227 << 23);

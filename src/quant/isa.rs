@@ -1,0 +1,92 @@
+//! Instruction sets: one kernel source, instantiated per set, chosen at run time.
+
+/// An instruction set that the running CPU has. Only detection builds one, so holding one is the
+/// proof that its instructions may be executed.
+///
+/// The choice never changes a byte of output: a kernel is one piece of Rust for all of them, and
+/// Rust neither reassociates nor contracts floating-point arithmetic.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct Isa(Level);
+
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+enum Level {
+    /// What the target's baseline has: SSE2 on x86-64, NEON on aarch64.
+    Baseline,
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+}
+
+/// Work to be compiled once per instruction set. `run` and all that it calls in its hot loops must
+/// be `#[inline(always)]`, or it keeps the baseline's instructions.
+pub(super) trait Kernel {
+    fn run(self);
+}
+
+/// Calls `$kernel.run()` from a function compiled for `$features`.
+#[cfg(target_arch = "x86_64")]
+macro_rules! instantiate {
+    ($kernel:expr, $features:literal) => {{
+        #[target_feature(enable = $features)]
+        fn compiled<K: Kernel>(kernel: K) {
+            kernel.run();
+        }
+        // SAFETY: `compiled` needs a CPU with `$features`. The arm that expands this holds a level
+        // that only `Isa::available` makes, after it has detected each of them, and a CPU keeps
+        // its features while a process runs.
+        unsafe { compiled($kernel) }
+    }};
+}
+
+impl Isa {
+    /// The widest instruction set of this CPU.
+    pub fn detect() -> Self {
+        *Self::available().last().expect("the baseline is always there")
+    }
+
+    /// Every instruction set of this CPU that kernels are compiled for, narrowest first.
+    pub fn available() -> Vec<Self> {
+        let mut all = vec![Self(Level::Baseline)];
+        #[cfg(target_arch = "x86_64")]
+        {
+            if is_x86_feature_detected!("avx2") {
+                all.push(Self(Level::Avx2));
+            }
+            if is_x86_feature_detected!("avx512f")
+                && is_x86_feature_detected!("avx512bw")
+                && is_x86_feature_detected!("avx512vl")
+                && is_x86_feature_detected!("avx512dq")
+            {
+                all.push(Self(Level::Avx512));
+            }
+        }
+        all
+    }
+
+    /// `"baseline"`, `"avx2"` or `"avx512"`.
+    pub fn name(self) -> &'static str {
+        match self.0 {
+            Level::Baseline => "baseline",
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx2 => "avx2",
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512 => "avx512",
+        }
+    }
+
+    /// Runs `kernel` as compiled for this instruction set.
+    #[cfg_attr(
+        target_arch = "x86_64",
+        expect(unsafe_code, reason = "calling a function compiled for more than the baseline")
+    )]
+    pub(super) fn run<K: Kernel>(self, kernel: K) {
+        match self.0 {
+            Level::Baseline => kernel.run(),
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx2 => instantiate!(kernel, "avx2"),
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512 => instantiate!(kernel, "avx512f,avx512bw,avx512vl,avx512dq"),
+        }
+    }
+}

@@ -1,0 +1,158 @@
+//! Codes of 2 to 8 bits as dense bit streams, along rows and down columns.
+
+/// Bytes of `count` codes of `bits` bits, padded to whole 32-bit words.
+#[inline(always)]
+pub(super) fn packed_len(count: usize, bits: u8) -> usize {
+    (count * usize::from(bits)).div_ceil(32) * 4
+}
+
+/// Packs `codes`, one per byte and below 2^`bits`, as a little-endian bit stream, lowest bit first,
+/// padded with zeros: code `j` occupies bits `[j * bits, (j + 1) * bits)`.
+///
+/// `codes` is padded with zeros to a multiple of eight; `out` has `packed_len` bytes.
+#[inline(always)]
+pub(super) fn pack(bits: u8, codes: &[u8], out: &mut [u8]) {
+    match bits {
+        2 => pack_powers::<4>(codes, out, |c| c[0] | c[1] << 2 | c[2] << 4 | c[3] << 6),
+        4 => pack_powers::<2>(codes, out, |c| c[0] | c[1] << 4),
+        8 => pack_powers::<1>(codes, out, |c| c[0]),
+        3 => pack_octets::<3>(codes, out),
+        5 => pack_octets::<5>(codes, out),
+        6 => pack_octets::<6>(codes, out),
+        _ => pack_octets::<7>(codes, out),
+    }
+}
+
+/// `N` codes to a byte.
+#[inline(always)]
+fn pack_powers<const N: usize>(codes: &[u8], out: &mut [u8], byte: impl Fn(&[u8; N]) -> u8) {
+    let whole = (codes.len() / N).min(out.len());
+    let (body, rest) = out.split_at_mut(whole);
+    for (out, codes) in body.iter_mut().zip(codes.as_chunks::<N>().0) {
+        *out = byte(codes);
+    }
+    rest.fill(0);
+}
+
+/// Eight codes to `B` bytes.
+#[inline(always)]
+fn pack_octets<const B: usize>(codes: &[u8], out: &mut [u8]) {
+    let (octets, _) = codes.as_chunks::<8>();
+    let (body, rest) = out.as_chunks_mut::<B>();
+    for (out, octet) in body.iter_mut().zip(octets) {
+        *out = pack_octet::<B>(*octet);
+    }
+    rest.fill(0);
+    if let Some(octet) = octets.get(body.len()) {
+        rest.copy_from_slice(&pack_octet::<B>(*octet)[..rest.len()]);
+    }
+    for out in body.iter_mut().skip(octets.len()) {
+        out.fill(0);
+    }
+}
+
+#[inline(always)]
+fn pack_octet<const B: usize>(octet: [u8; 8]) -> [u8; B] {
+    let b = B as u32;
+    let v = u64::from_le_bytes(octet);
+    let v = (v & 0x00ff_00ff_00ff_00ff) | (v >> 8 & 0x00ff_00ff_00ff_00ff) << b;
+    let v = (v & 0x0000_ffff_0000_ffff) | (v >> 16 & 0x0000_ffff_0000_ffff) << (2 * b);
+    let v = (v & 0xffff_ffff) | (v >> 32) << (4 * b);
+    let bytes = v.to_le_bytes();
+    std::array::from_fn(|i| bytes[i])
+}
+
+/// Packs one row of codes, number `row` of its column streams, into `out`: words of 32 bits, stream
+/// `k` in word `k` of every `codes.len()`. Ors into `out`, which starts as zeros.
+#[inline(always)]
+pub(super) fn pack_down(bits: u8, row: usize, codes: &[u8], out: &mut [u8]) {
+    let (words, _) = out.as_chunks_mut::<4>();
+    let bit = row * usize::from(bits);
+    let (word, shift) = (bit / 32, bit % 32);
+    let lines = &mut words[word * codes.len()..];
+    for (out, &code) in lines.iter_mut().zip(codes) {
+        *out = (u32::from_le_bytes(*out) | u32::from(code) << shift).to_le_bytes();
+    }
+    if shift + usize::from(bits) > 32 {
+        for (out, &code) in lines[codes.len()..].iter_mut().zip(codes) {
+            *out = (u32::from_le_bytes(*out) | u32::from(code) >> (32 - shift)).to_le_bytes();
+        }
+    }
+}
+
+/// Code `index` of a stream of `bits`-bit codes whose 32-bit word `w` is `word(w)`.
+pub(super) fn unpack(bits: u8, index: usize, word: impl Fn(usize) -> u32) -> u8 {
+    let bit = index * usize::from(bits);
+    let (first, shift) = (bit / 32, bit % 32);
+    let mut code = word(first) >> shift;
+    if shift + usize::from(bits) > 32 {
+        code |= word(first + 1) << (32 - shift);
+    }
+    (code & ((1 << bits) - 1)) as u8
+}
+
+/// Word `w` of little-endian `bytes`.
+pub(super) fn word_of(bytes: &[u8], w: usize) -> u32 {
+    u32::from_le_bytes(bytes.as_chunks().0[w])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// One bit at a time.
+    fn naive(bits: u8, codes: &[u8]) -> Vec<u8> {
+        let mut out = vec![0; packed_len(codes.len(), bits)];
+        for (j, code) in codes.iter().enumerate() {
+            for i in 0..usize::from(bits) {
+                let at = j * usize::from(bits) + i;
+                out[at / 8] |= (code >> i & 1) << (at % 8);
+            }
+        }
+        out
+    }
+
+    fn codes(bits: u8, len: usize) -> Vec<u8> {
+        (0..len as u32)
+            .map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8 & (255 >> (8 - bits)))
+            .collect()
+    }
+
+    #[test]
+    fn rows_are_packed_one_bit_after_the_other_at_every_length() {
+        for bits in 2..=8 {
+            for len in 1..140 {
+                let codes = codes(bits, len);
+                let expected = naive(bits, &codes);
+                let mut padded = codes.clone();
+                padded.resize(len.next_multiple_of(8), 0);
+                let mut out = vec![0xaa; packed_len(len, bits)];
+                pack(bits, &padded, &mut out);
+                assert_eq!(out, expected, "{bits} bits, {len} codes");
+                for (j, &code) in codes.iter().enumerate() {
+                    assert_eq!(unpack(bits, j, |w| word_of(&out, w)), code);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn columns_are_packed_as_rows_of_the_transpose() {
+        for bits in 2..=8 {
+            for (rows, cols) in [(1, 1), (31, 3), (32, 5), (33, 2), (70, 4)] {
+                let codes = codes(bits, rows * cols);
+                let mut out = vec![0; packed_len(rows, bits) * cols];
+                for (r, row) in codes.chunks(cols).enumerate() {
+                    pack_down(bits, r, row, &mut out);
+                }
+                for k in 0..cols {
+                    let column: Vec<u8> = (0..rows).map(|r| codes[r * cols + k]).collect();
+                    let stream: Vec<u8> = (0..packed_len(rows, bits) / 4)
+                        .flat_map(|w| out[(w * cols + k) * 4..][..4].to_vec())
+                        .collect();
+                    assert_eq!(stream, naive(bits, &column), "{bits} bits, {rows} rows");
+                }
+            }
+        }
+    }
+}

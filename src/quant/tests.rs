@@ -1,0 +1,440 @@
+//! Integer schemes against a naive definition, on every instruction set.
+
+use super::*;
+
+/// A binary floating-point format, by its parameters.
+#[derive(Clone, Copy)]
+struct Float {
+    dtype: Dtype,
+    /// Bits of the significand, the hidden one included.
+    precision: i32,
+    /// Exponent of the smallest normal number.
+    min_exponent: i32,
+    /// The largest finite number.
+    max: f64,
+    epsilon: f32,
+}
+
+const FLOATS: [Float; 3] = [
+    Float {
+        dtype: Dtype::BF16,
+        precision: 8,
+        min_exponent: -126,
+        max: 3.3895313892515355e38,
+        epsilon: 0.0078125,
+    },
+    Float {
+        dtype: Dtype::F16,
+        precision: 11,
+        min_exponent: -14,
+        max: 65504.0,
+        epsilon: 0.0009765625,
+    },
+    Float {
+        dtype: Dtype::F32,
+        precision: 24,
+        min_exponent: -126,
+        max: f32::MAX as f64,
+        epsilon: 1.1920929e-7,
+    },
+];
+
+fn power_of_two(exponent: i32) -> f64 {
+    f64::from_bits(((exponent + 1023) as u64) << 52)
+}
+
+impl Float {
+    /// Nearest, ties to even: to a whole number of the spacing at `x`.
+    fn round(self, x: f32) -> f32 {
+        let x = f64::from(x);
+        if x.is_nan() || x.is_infinite() || x == 0.0 {
+            return x as f32;
+        }
+        let exponent = ((x.to_bits() >> 52) & 0x7ff) as i32 - 1023;
+        let spacing = power_of_two(exponent.max(self.min_exponent) - self.precision + 1);
+        let rounded = (x / spacing).round_ties_even() * spacing;
+        if rounded.abs() > self.max { f32::INFINITY.copysign(x as f32) } else { rounded as f32 }
+    }
+
+    /// The stored bytes of `x`, a value of the format.
+    fn store(self, x: f32) -> Vec<u8> {
+        let bits = u64::from(x.to_bits());
+        match self.dtype {
+            Dtype::F32 if x.is_nan() => vec![0, 0, 0xc0, 0x7f],
+            Dtype::BF16 if x.is_nan() => vec![0xc0, 0x7f],
+            Dtype::F16 if x.is_nan() => vec![0, 0x7e],
+            Dtype::F32 => x.to_le_bytes().to_vec(),
+            Dtype::BF16 => ((bits >> 16) as u16).to_le_bytes().to_vec(),
+            _ => {
+                let (mut low, mut high) = (0, 0x7c00);
+                while low < high {
+                    let middle = (low + high) / 2;
+                    if half(middle) < f64::from(x.abs()) { low = middle + 1 } else { high = middle }
+                }
+                assert_eq!(half(low), f64::from(x.abs()), "{x} is a value of the format");
+                (low | if x.is_sign_negative() { 0x8000 } else { 0 }).to_le_bytes().to_vec()
+            }
+        }
+    }
+}
+
+/// The value of a binary16 pattern.
+fn half(bits: u16) -> f64 {
+    let (exponent, fraction) = (i32::from(bits >> 10 & 31), f64::from(bits & 1023));
+    let magnitude = match exponent {
+        0 => fraction * power_of_two(-24),
+        31 if fraction == 0.0 => f64::INFINITY,
+        31 => f64::NAN,
+        _ => (1024.0 + fraction) * power_of_two(exponent - 25),
+    };
+    if bits >> 15 == 1 { -magnitude } else { magnitude }
+}
+
+struct Naive {
+    codes: Vec<i32>,
+    scales: Vec<f32>,
+    zero_points: Vec<i32>,
+}
+
+/// compressed-tensors' arithmetic, one operation and one rounding at a time.
+fn naive(f: Float, bits: u8, symmetric: bool, group: usize, weight: &[f32]) -> Naive {
+    let (low, high) = (-f32::from(1u8 << (bits - 1)), f32::from((1u8 << (bits - 1)) - 1));
+    let mut out = Naive { codes: vec![], scales: vec![], zero_points: vec![] };
+    for xs in weight.chunks(group) {
+        let nan = xs.iter().any(|x| x.is_nan());
+        let min = xs.iter().fold(0f32, |m, &x| m.min(x));
+        let max = xs.iter().fold(0f32, |m, &x| m.max(x));
+        let (scale, zero) = if nan {
+            (f32::NAN, 0.0)
+        } else if symmetric {
+            (f.round(f32::max(-min, max) / ((high - low) / 2.0)), 0.0)
+        } else {
+            let scale = f.round(f.round(max - min) / (high - low));
+            let zero = f.round(low - f.round(min / scale));
+            (scale, if zero.is_nan() { 0.0 } else { zero.max(low).min(high).round_ties_even() })
+        };
+        let scale = if scale == 0.0 { f.epsilon } else { scale };
+        out.scales.push(scale);
+        out.zero_points.push(zero as i32);
+        for &x in xs {
+            let mut q = f.round(x / scale);
+            if !symmetric {
+                q = f.round(q + zero);
+            }
+            // NaN becomes 0.
+            out.codes.push(q.clamp(low, high).round_ties_even() as i32);
+        }
+    }
+    out
+}
+
+/// `codes`, offset to be non-negative, in bits one after the other.
+fn bit_stream(bits: u8, codes: impl Iterator<Item = i32>) -> Vec<u8> {
+    let mut stream: Vec<bool> = codes
+        .map(|q| (q + (1 << (bits - 1))) as u32)
+        .flat_map(|u| (0..bits).map(move |i| u >> i & 1 == 1))
+        .collect();
+    stream.resize(stream.len().next_multiple_of(32), false);
+    stream
+        .chunks(8)
+        .map(|byte| byte.iter().rev().fold(0, |b, &bit| b << 1 | u8::from(bit)))
+        .collect()
+}
+
+impl Naive {
+    /// The parts as stored.
+    fn parts(&self, f: Float, scheme: IntScheme, rows: usize) -> Vec<Vec<u8>> {
+        let scales: Vec<u8> = self.scales.iter().flat_map(|&s| f.store(s)).collect();
+        let groups = self.scales.len() / rows;
+        let bytes = |codes: &[i32]| codes.iter().map(|&q| q as u8).collect::<Vec<_>>();
+        let (codes, zeros) = match scheme.packing {
+            Packing::Int8 => (bytes(&self.codes), bytes(&self.zero_points)),
+            Packing::Packed32 => {
+                let cols = self.codes.len() / rows;
+                let rows_of = self.codes.chunks(cols);
+                let codes =
+                    rows_of.flat_map(|r| bit_stream(scheme.bits, r.iter().copied())).collect();
+                let columns: Vec<Vec<u8>> = (0..groups)
+                    .map(|g| {
+                        let column = self.zero_points[g..].iter().step_by(groups);
+                        bit_stream(scheme.bits, column.copied())
+                    })
+                    .collect();
+                let words = columns[0].len() / 4;
+                let zeros = (0..words)
+                    .flat_map(|w| columns.iter().flat_map(move |c| c[w * 4..][..4].to_vec()))
+                    .collect();
+                (codes, zeros)
+            }
+        };
+        if scheme.symmetric { vec![codes, scales] } else { vec![codes, scales, zeros] }
+    }
+}
+
+/// A reproducible stream of numbers in [0, 1).
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> f32 {
+        self.0 =
+            self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 40) as f32 / 16_777_216.0
+    }
+
+    /// Roughly normal, of unit variance.
+    fn normal(&mut self) -> f32 {
+        (0..12).map(|_| self.next()).sum::<f32>() - 6.0
+    }
+}
+
+/// A weight whose groups have many scales, and among them what is rare: zeros, one sign, single
+/// values, outliers, the smallest and largest numbers.
+fn weight(f: Float, rows: usize, cols: usize, group: usize) -> Vec<f32> {
+    let mut random = Random(u64::from(f.precision.unsigned_abs()) + (rows * cols) as u64);
+    let tiny = power_of_two(f.min_exponent - f.precision + 1) as f32;
+    let mut out = Vec::with_capacity(rows * cols);
+    for g in 0..rows * cols / group {
+        for i in 0..group {
+            let x = random.normal();
+            let x = match g % 16 {
+                0 => 0.0,
+                1 => x.abs(),
+                2 => -x.abs(),
+                3 => 0.37,
+                4 if i == 0 => x * 100.0,
+                5 => (x * 3.0).trunc() * tiny,
+                6 => x * tiny,
+                7 => x * 0.1 * f.max as f32,
+                8 => -0.0,
+                9 => x.abs() * 40.0 * tiny,
+                10 => 3.0 + x * 0.01,
+                11 if i > 0 => 0.0,
+                _ => x * 0.02,
+            };
+            out.push(f.round(x));
+        }
+    }
+    out
+}
+
+fn stored(f: Float, weight: &[f32]) -> Vec<u8> {
+    weight.iter().flat_map(|&x| f.store(x)).collect()
+}
+
+fn all_schemes(quality: Quality) -> Vec<IntScheme> {
+    let mut out = vec![];
+    for packing in [Packing::Packed32, Packing::Int8] {
+        for bits in 2..=8 {
+            for symmetric in [true, false] {
+                let granularity = Granularity::Channel;
+                out.push(IntScheme { bits, granularity, symmetric, packing, quality });
+            }
+        }
+    }
+    out
+}
+
+/// Encodes `rows` x `cols` elements chunk by chunk.
+fn encode(
+    scheme: IntScheme,
+    isa: Isa,
+    data: Reals<'_>,
+    (rows, cols): (usize, usize),
+    source_bytes: u64,
+) -> Vec<Vec<u8>> {
+    let (scheme, shape) = (Scheme::Int(scheme), [rows as u64, cols as u64]);
+    let dtype = data.dtype();
+    scheme.accepts(dtype, &shape).expect("the scheme takes this shape");
+    let mut parts: Vec<_> =
+        scheme.parts(dtype, &shape).iter().map(|p| vec![0xaa; p.bytes() as usize]).collect();
+    let grid = scheme.grid(dtype, &shape, source_bytes);
+    let (Reals::Bf16(bytes) | Reals::F16(bytes) | Reals::F32(bytes)) = data;
+    for k in 0..grid.chunks() {
+        let window = grid.window(k);
+        let first = (window.first_row * shape[1]) as usize * dtype.bitsize() / 8;
+        let tile = Tile {
+            data: Reals::new(dtype, &bytes[first..]).expect("a float type"),
+            rows: window.rows as usize,
+            cols: window.cols as usize,
+            stride: cols,
+        };
+        let mut out: Vec<_> = parts
+            .iter_mut()
+            .enumerate()
+            .map(|(p, part)| {
+                let range = grid.range(p, k);
+                &mut part[range.start as usize..range.end as usize]
+            })
+            .collect();
+        scheme.encode(isa, &tile, &mut out);
+    }
+    parts
+}
+
+#[track_caller]
+fn check_reference(f: Float, scheme: IntScheme, (rows, cols): (usize, usize), weight: &[f32]) {
+    let group = match scheme.granularity {
+        Granularity::Group(size) => size as usize,
+        Granularity::Channel => cols,
+    };
+    let bytes = stored(f, weight);
+    let data = Reals::new(f.dtype, &bytes).expect("a float type");
+    let naive = naive(f, scheme.bits, scheme.symmetric, group, weight);
+    let expected = naive.parts(f, scheme, rows);
+    for isa in Isa::available() {
+        let parts = encode(scheme, isa, data, (rows, cols), u64::MAX);
+        for (p, (part, expected)) in parts.iter().zip(&expected).enumerate() {
+            let difference = part.iter().zip(expected).position(|(a, b)| a != b);
+            assert_eq!(difference, None, "part {p} of {scheme:?}, {:?}, {isa:?}", f.dtype);
+            assert_eq!(part.len(), expected.len(), "part {p} of {scheme:?}, {:?}", f.dtype);
+        }
+    }
+    let mut decoded = vec![0.0; weight.len()];
+    let parts: Vec<&[u8]> = expected.iter().map(|p| &p[..]).collect();
+    Scheme::Int(scheme).decode(f.dtype, (rows, cols), &parts, &mut decoded);
+    for (i, &x) in decoded.iter().enumerate() {
+        let (scale, zero) = (naive.scales[i / group], naive.zero_points[i / group]);
+        let expected = f.round((naive.codes[i] - zero) as f32 * scale);
+        assert_eq!(x.to_bits(), expected.to_bits(), "element {i} of {scheme:?}, {:?}", f.dtype);
+    }
+}
+
+#[test]
+fn every_scheme_and_element_type_encodes_as_defined_at_any_width() {
+    let widths = [(1, 70), (3, 35), (7, 35), (32, 40), (128, 40), (200, 33)];
+    for f in FLOATS {
+        for scheme in all_schemes(Quality::Reference) {
+            for (group, rows) in widths {
+                let cols = 3 * group;
+                let granularity = Granularity::Group(group as u32);
+                let weight = weight(f, rows, cols, group);
+                check_reference(f, IntScheme { granularity, ..scheme }, (rows, cols), &weight);
+            }
+            for (cols, rows) in [(1, 33), (13, 64), (257, 20)] {
+                check_reference(f, scheme, (rows, cols), &weight(f, rows, cols, cols));
+            }
+        }
+    }
+}
+
+/// One binade of scales stands for all, so this is every quotient that a BF16 weight can have, each
+/// of them in a group of two (the tail of a kernel) and in a long one (its body).
+#[test]
+fn every_bf16_quotient_is_rounded_as_defined() {
+    let bf16 = FLOATS[0];
+    let value = |pattern: u32| f32::from_bits(pattern << 16);
+    for scheme in all_schemes(Quality::Reference) {
+        if scheme.packing == Packing::Int8 {
+            continue;
+        }
+        for largest in 0x3d00..0x3d80 {
+            let smallest = largest - 11 * 128;
+            let xs = (smallest..=largest).flat_map(|x| [value(x), -value(x)]);
+            let pairs: Vec<f32> = xs.clone().flat_map(|x| [value(largest), x]).collect();
+            let granularity = Granularity::Group(2);
+            let shape = (1, pairs.len());
+            check_reference(bf16, IntScheme { granularity, ..scheme }, shape, &pairs);
+            let row: Vec<f32> = xs.collect();
+            check_reference(bf16, scheme, (1, row.len()), &row);
+        }
+    }
+}
+
+#[test]
+fn nan_and_infinity_spoil_their_group_and_no_other() {
+    for f in FLOATS {
+        for quality in [Quality::Reference, Quality::Search] {
+            for scheme in all_schemes(quality) {
+                for odd in [f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                    let mut weight = vec![0.5; 3 * 48];
+                    weight[48 + 17] = odd;
+                    let scheme = IntScheme { granularity: Granularity::Group(48), ..scheme };
+                    let bytes = stored(f, &weight);
+                    let data = Reals::new(f.dtype, &bytes).expect("a float type");
+                    for isa in Isa::available() {
+                        let parts = encode(scheme, isa, data, (1, weight.len()), 0);
+                        let same = naive(f, scheme.bits, scheme.symmetric, 48, &weight);
+                        if quality == Quality::Reference {
+                            assert_eq!(parts, same.parts(f, scheme, 1), "{odd} {scheme:?} {isa:?}");
+                        }
+                        let mut decoded = vec![0.0; weight.len()];
+                        let parts: Vec<_> = parts.iter().map(|p| &p[..]).collect();
+                        Scheme::Int(scheme).decode(
+                            f.dtype,
+                            (1, weight.len()),
+                            &parts,
+                            &mut decoded,
+                        );
+                        assert!(!decoded[48 + 17].is_finite(), "{odd} {scheme:?}");
+                        let others = decoded[..48].iter().chain(&decoded[96..]);
+                        assert!(others.into_iter().all(|x| x.is_finite()), "{odd} {scheme:?}");
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn chunks_make_the_bytes_of_the_whole() {
+    for f in FLOATS {
+        for quality in [Quality::Reference, Quality::Search] {
+            for scheme in all_schemes(quality) {
+                let (rows, cols) = (75, 96);
+                let scheme = IntScheme { granularity: Granularity::Group(32), ..scheme };
+                let bytes = stored(f, &weight(f, rows, cols, 32));
+                let data = Reals::new(f.dtype, &bytes).expect("a float type");
+                let isa = Isa::detect();
+                let whole = encode(scheme, isa, data, (rows, cols), u64::MAX);
+                for source_bytes in [0, 1000, 20_000] {
+                    let chunked = encode(scheme, isa, data, (rows, cols), source_bytes);
+                    assert_eq!(chunked, whole, "{scheme:?}, {source_bytes}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_tile_skips_what_lies_between_its_rows() {
+    let f = FLOATS[0];
+    let (rows, cols, stride) = (5, 24, 37);
+    let wide = weight(f, rows, stride, stride);
+    let narrow: Vec<f32> =
+        wide.chunks(stride).flat_map(|row| row[..cols].iter().copied()).collect();
+    let (wide, narrow) = (stored(f, &wide), stored(f, &narrow));
+    let scheme = IntScheme {
+        bits: 5,
+        granularity: Granularity::Group(8),
+        symmetric: true,
+        packing: Packing::Packed32,
+        quality: Quality::Reference,
+    };
+    let isa = Isa::detect();
+    let expected = encode(scheme, isa, Reals::Bf16(&narrow), (rows, cols), u64::MAX);
+    let mut parts: Vec<Vec<u8>> = expected.iter().map(|p| vec![0; p.len()]).collect();
+    let mut out: Vec<&mut [u8]> = parts.iter_mut().map(|p| &mut p[..]).collect();
+    let end = ((rows - 1) * stride + cols) * 2;
+    let tile = Tile { data: Reals::Bf16(&wide[..end]), rows, cols, stride };
+    Scheme::Int(scheme).encode(isa, &tile, &mut out);
+    assert_eq!(parts, expected);
+}
+
+#[test]
+fn refuses_what_the_layout_cannot_hold() {
+    let good = all_schemes(Quality::Search)[0];
+    let group = |size| IntScheme { granularity: Granularity::Group(size), ..good };
+    let cases: [(IntScheme, Dtype, &[u64], &str); 7] = [
+        (group(128), Dtype::BF16, &[4, 200], "group size 128 does not divide 200 input features"),
+        (group(0), Dtype::BF16, &[4, 200], "group size 0"),
+        (good, Dtype::I8, &[4, 4], "element type I8 is not one of BF16, F16, F32"),
+        (good, Dtype::F32, &[4], "shape [4] is not a matrix"),
+        (good, Dtype::F32, &[2, 4, 4], "shape [2, 4, 4] is not a matrix"),
+        (good, Dtype::F32, &[0, 4], "shape [0, 4] has no elements"),
+        (IntScheme { bits: 9, ..good }, Dtype::F32, &[4, 4], "9 bits are not among 2 to 8"),
+    ];
+    for (scheme, dtype, shape, complaint) in cases {
+        assert_eq!(Scheme::Int(scheme).accepts(dtype, shape), Err(complaint.to_owned()));
+    }
+    assert_eq!(Scheme::Int(group(100)).accepts(Dtype::F16, &[4, 200]), Ok(()));
+}

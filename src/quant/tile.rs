@@ -1,0 +1,425 @@
+//! Weights as the source stores them, and exact conversion to and from f32.
+
+use crate::dtype::Dtype;
+
+/// Elements as the source stores them: little-endian bytes, no alignment promised.
+#[derive(Clone, Copy, Debug)]
+pub enum Reals<'a> {
+    /// bfloat16: the upper half of an f32.
+    Bf16(&'a [u8]),
+    /// IEEE 754 binary16.
+    F16(&'a [u8]),
+    /// IEEE 754 binary32.
+    F32(&'a [u8]),
+}
+
+impl<'a> Reals<'a> {
+    /// `bytes` as elements of `dtype`; `None` if that is not one of the three that schemes encode.
+    pub fn new(dtype: Dtype, bytes: &'a [u8]) -> Option<Self> {
+        match dtype {
+            Dtype::BF16 => Some(Self::Bf16(bytes)),
+            Dtype::F16 => Some(Self::F16(bytes)),
+            Dtype::F32 => Some(Self::F32(bytes)),
+            _ => None,
+        }
+    }
+
+    /// The element type.
+    pub fn dtype(&self) -> Dtype {
+        match self {
+            Self::Bf16(_) => Dtype::BF16,
+            Self::F16(_) => Dtype::F16,
+            Self::F32(_) => Dtype::F32,
+        }
+    }
+}
+
+/// A rectangle of a row-major weight: `rows` x `cols`, consecutive rows `stride` elements apart.
+///
+/// `data` starts at the first element; it need not reach beyond the last one.
+#[derive(Clone, Copy, Debug)]
+pub struct Tile<'a> {
+    /// The elements.
+    pub data: Reals<'a>,
+    /// Number of rows.
+    pub rows: usize,
+    /// Elements of a row that belong to the tile.
+    pub cols: usize,
+    /// Elements from the start of a row to the start of the next.
+    pub stride: usize,
+}
+
+/// The smallest and largest value of a group, both widened to include zero. NaN if the group has a
+/// NaN of that sign.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Extremes {
+    pub(super) min: f32,
+    pub(super) max: f32,
+}
+
+impl Extremes {
+    /// The largest magnitude; NaN if the group has any NaN.
+    #[inline(always)]
+    pub(super) fn magnitude(self) -> f32 {
+        // Spelled out, since `f32::max` drops a NaN.
+        if self.min.is_nan() || self.max.is_nan() {
+            NAN
+        } else if -self.min > self.max {
+            -self.min
+        } else {
+            self.max
+        }
+    }
+}
+
+/// The NaN that is stored for any NaN.
+const NAN: f32 = f32::from_bits(0x7fc0_0000);
+
+/// A floating-point type that weights and scales are stored in.
+pub(super) trait Element: Copy {
+    /// One stored element, little-endian.
+    type Raw: Copy;
+
+    /// Bytes of an element.
+    const SIZE: usize;
+
+    /// The distance from 1 to the next larger value. Stands in for a scale of zero.
+    const EPSILON: f32;
+
+    /// `bytes` as elements. The length is a multiple of `SIZE`.
+    fn split(bytes: &[u8]) -> &[Self::Raw];
+
+    /// The exact value.
+    fn widen(raw: Self::Raw) -> f32;
+
+    /// `x` rounded to nearest, ties to even; every NaN becomes the canonical one.
+    fn round(x: f32) -> f32;
+
+    /// `round(x)` for 2^-14 <= |x| <= 2^15 and not NaN. Smaller values may come out as anything
+    /// smaller in magnitude than 2^-13.
+    fn round_moderate(x: f32) -> f32;
+
+    /// `round_moderate(x / scale)`, of two values of this type, given `1 / scale`.
+    fn quotient(x: f32, scale: f32, reciprocal: f32) -> f32;
+
+    /// Stores `x`, a value of this type, in `out[..SIZE]`.
+    fn store(x: f32, out: &mut [u8]);
+
+    /// The extremes of a group.
+    ///
+    /// Found among the bit patterns: those of non-negative values order as signed integers, those
+    /// of negative values as unsigned ones, and NaNs lie beyond infinity in both. Integer maxima
+    /// are exact in any order.
+    fn extremes(group: &[Self::Raw]) -> Extremes;
+}
+
+/// Marker for [`Reals::Bf16`].
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Bf16;
+
+/// Marker for [`Reals::F16`].
+#[derive(Clone, Copy, Debug)]
+pub(super) struct F16;
+
+/// Marker for [`Reals::F32`].
+#[derive(Clone, Copy, Debug)]
+pub(super) struct F32;
+
+impl Element for Bf16 {
+    type Raw = [u8; 2];
+    const SIZE: usize = 2;
+    const EPSILON: f32 = 1.0 / 128.0;
+
+    #[inline(always)]
+    fn split(bytes: &[u8]) -> &[[u8; 2]] {
+        bytes.as_chunks().0
+    }
+
+    #[inline(always)]
+    fn widen(raw: [u8; 2]) -> f32 {
+        f32::from_bits(u32::from(u16::from_le_bytes(raw)) << 16)
+    }
+
+    #[inline(always)]
+    fn round(x: f32) -> f32 {
+        if x.is_nan() { NAN } else { Self::round_moderate(x) }
+    }
+
+    #[inline(always)]
+    fn round_moderate(x: f32) -> f32 {
+        let bits = x.to_bits();
+        f32::from_bits(bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) & 0xffff_0000)
+    }
+
+    #[inline(always)]
+    fn quotient(x: f32, _scale: f32, reciprocal: f32) -> f32 {
+        // A quotient of two 8-bit significands is never halfway between two 8-bit significands
+        // (the odd 9-bit midpoint would have to divide the dividend), and never closer to halfway
+        // than one part in 2^17. So a product that is off by a part in 2^23 rounds the same way,
+        // and half-up is half-even.
+        f32::from_bits((x * reciprocal).to_bits().wrapping_add(0x8000) & 0xffff_0000)
+    }
+
+    #[inline(always)]
+    fn store(x: f32, out: &mut [u8]) {
+        out[..2].copy_from_slice(&((x.to_bits() >> 16) as u16).to_le_bytes());
+    }
+
+    #[inline(always)]
+    fn extremes(group: &[[u8; 2]]) -> Extremes {
+        let (min, max) = extreme_bits_16(group);
+        Extremes { min: Self::widen(min), max: Self::widen(max) }
+    }
+}
+
+impl Element for F16 {
+    type Raw = [u8; 2];
+    const SIZE: usize = 2;
+    const EPSILON: f32 = 1.0 / 1024.0;
+
+    #[inline(always)]
+    fn split(bytes: &[u8]) -> &[[u8; 2]] {
+        bytes.as_chunks().0
+    }
+
+    #[inline(always)]
+    fn widen(raw: [u8; 2]) -> f32 {
+        let bits = u32::from(u16::from_le_bytes(raw));
+        let magnitude = (bits & 0x7fff) << 13;
+        let value = if magnitude >= 0x7c00 << 13 {
+            f32::from_bits(magnitude + (224 << 23))
+        } else if magnitude < 0x0400 << 13 {
+            // Subnormal: the significand of 2^-14 (1 + m), less 2^-14. No subnormal f32 arises.
+            f32::from_bits(magnitude + (113 << 23)) - f32::from_bits(113 << 23)
+        } else {
+            f32::from_bits(magnitude + (112 << 23))
+        };
+        f32::from_bits(value.to_bits() | (bits & 0x8000) << 16)
+    }
+
+    #[inline(always)]
+    fn round(x: f32) -> f32 {
+        let magnitude = x.abs();
+        if x.is_nan() {
+            NAN
+        } else if magnitude < f32::from_bits(113 << 23) {
+            // Subnormal below 2^-14: a sum in [0.5, 1) has their spacing, 2^-24.
+            ((magnitude + 0.5) - 0.5).copysign(x)
+        } else if magnitude >= 65520.0 {
+            f32::INFINITY.copysign(x)
+        } else {
+            Self::round_moderate(x)
+        }
+    }
+
+    #[inline(always)]
+    fn round_moderate(x: f32) -> f32 {
+        let bits = x.to_bits();
+        f32::from_bits(bits.wrapping_add(0x0fff + ((bits >> 13) & 1)) & 0xffff_e000)
+    }
+
+    #[inline(always)]
+    fn quotient(x: f32, _scale: f32, reciprocal: f32) -> f32 {
+        // As for bfloat16, with 11-bit significands; that the product is close enough here rests
+        // on the test that tries every pair of them.
+        f32::from_bits((x * reciprocal).to_bits().wrapping_add(0x1000) & 0xffff_e000)
+    }
+
+    #[inline(always)]
+    fn store(x: f32, out: &mut [u8]) {
+        let magnitude = x.abs();
+        let bits = if x.is_nan() {
+            0x7e00
+        } else if magnitude < f32::from_bits(113 << 23) {
+            // A multiple of 2^-24, below 2^-14.
+            (magnitude * 16_777_216.0) as u16
+        } else if magnitude > 65504.0 {
+            0x7c00
+        } else {
+            ((magnitude.to_bits() >> 13) - (112 << 10)) as u16
+        };
+        let sign = ((x.to_bits() >> 16) & 0x8000) as u16;
+        out[..2].copy_from_slice(&(bits | sign).to_le_bytes());
+    }
+
+    #[inline(always)]
+    fn extremes(group: &[[u8; 2]]) -> Extremes {
+        let (min, max) = extreme_bits_16(group);
+        Extremes { min: Self::widen(min), max: Self::widen(max) }
+    }
+}
+
+impl Element for F32 {
+    type Raw = [u8; 4];
+    const SIZE: usize = 4;
+    const EPSILON: f32 = f32::EPSILON;
+
+    #[inline(always)]
+    fn split(bytes: &[u8]) -> &[[u8; 4]] {
+        bytes.as_chunks().0
+    }
+
+    #[inline(always)]
+    fn widen(raw: [u8; 4]) -> f32 {
+        f32::from_le_bytes(raw)
+    }
+
+    #[inline(always)]
+    fn round(x: f32) -> f32 {
+        if x.is_nan() { NAN } else { x }
+    }
+
+    #[inline(always)]
+    fn round_moderate(x: f32) -> f32 {
+        x
+    }
+
+    #[inline(always)]
+    fn quotient(x: f32, scale: f32, _reciprocal: f32) -> f32 {
+        // Divide: with no coarser rounding to follow, `x * (1 / scale)` differs in the last bit.
+        x / scale
+    }
+
+    #[inline(always)]
+    fn store(x: f32, out: &mut [u8]) {
+        out[..4].copy_from_slice(&x.to_le_bytes());
+    }
+
+    #[inline(always)]
+    fn extremes(group: &[[u8; 4]]) -> Extremes {
+        let (mut min, mut max) = (1 << 31, 0);
+        for &raw in group {
+            min = u32::from_le_bytes(raw).max(min);
+            max = i32::from_le_bytes(raw).max(max);
+        }
+        Extremes { min: f32::from_bits(min), max: f32::from_bits(max as u32) }
+    }
+}
+
+#[inline(always)]
+fn extreme_bits_16(group: &[[u8; 2]]) -> ([u8; 2], [u8; 2]) {
+    let (mut min, mut max) = (1 << 15, 0);
+    for &raw in group {
+        min = u16::from_le_bytes(raw).max(min);
+        max = i16::from_le_bytes(raw).max(max);
+    }
+    (min.to_le_bytes(), max.to_le_bytes())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn power_of_two(exponent: i32) -> f32 {
+        f32::from_bits(((exponent + 127) as u32) << 23)
+    }
+
+    /// The definition of binary16.
+    fn half(bits: u16) -> f32 {
+        let (exponent, fraction) = (i32::from(bits >> 10 & 31), f32::from(bits & 1023));
+        let magnitude = match exponent {
+            0 => fraction * power_of_two(-24),
+            31 if fraction == 0.0 => f32::INFINITY,
+            31 => f32::NAN,
+            _ => (1024.0 + fraction) * power_of_two(exponent - 25),
+        };
+        if bits >> 15 == 1 { -magnitude } else { magnitude }
+    }
+
+    #[test]
+    fn every_f16_pattern_is_widened_to_its_value_and_stored_back() {
+        for bits in 0..=u16::MAX {
+            let (x, expected) = (F16::widen(bits.to_le_bytes()), half(bits));
+            let mut stored = [0; 2];
+            F16::store(x, &mut stored);
+            if expected.is_nan() {
+                assert!(x.is_nan() && F16::round(x).is_nan(), "{bits:#06x}");
+                assert_eq!(u16::from_le_bytes(stored) & 0x7fff, 0x7e00, "{bits:#06x}");
+            } else {
+                assert_eq!(x.to_bits(), expected.to_bits(), "{bits:#06x}");
+                assert_eq!(F16::round(x).to_bits(), x.to_bits(), "{bits:#06x}");
+                assert_eq!(u16::from_le_bytes(stored), bits);
+            }
+        }
+    }
+
+    /// Between two neighbours `a` and `b` of which the first is even (or else the second).
+    #[track_caller]
+    fn check_rounding(round: fn(f32) -> f32, (a, b): (f32, f32), a_is_even: bool) {
+        let middle = ((f64::from(a) + f64::from(b)) / 2.0) as f32;
+        for (x, expected) in [
+            (middle.next_down(), a),
+            (middle, if a_is_even { a } else { b }),
+            (middle.next_up(), b),
+        ] {
+            assert_eq!(round(x).to_bits(), expected.to_bits(), "{x:e}");
+            assert_eq!(round(-x).to_bits(), (-expected).to_bits(), "-{x:e}");
+        }
+    }
+
+    #[test]
+    fn f16_rounds_to_nearest_and_halfway_to_even() {
+        for bits in 0..0x7bff {
+            check_rounding(F16::round, (half(bits), half(bits + 1)), bits % 2 == 0);
+        }
+        assert_eq!(F16::round(65519.996), 65504.0);
+        assert_eq!(F16::round(65520.0), f32::INFINITY);
+        assert_eq!(F16::round(f32::MIN), f32::NEG_INFINITY);
+    }
+
+    #[test]
+    fn bf16_rounds_to_nearest_and_halfway_to_even() {
+        let value = |bits: u32| f32::from_bits(bits << 16);
+        for bits in 0..0x7f7f {
+            check_rounding(Bf16::round, (value(bits), value(bits + 1)), bits % 2 == 0);
+        }
+        assert_eq!(Bf16::round(f32::MAX), f32::INFINITY);
+        assert_eq!(Bf16::round(-f32::NAN).to_bits(), 0x7fc0_0000);
+    }
+
+    /// Every pair of significands.
+    fn check_quotients<E: Element>(significands: std::ops::Range<u32>, shift: u32) {
+        for a in significands.clone() {
+            for b in significands.clone() {
+                let [x, scale] = [a, b].map(|s| f32::from_bits(s << shift | 0x3f80_0000));
+                let quotient = E::quotient(x, scale, 1.0 / scale);
+                assert_eq!(quotient.to_bits(), E::round(x / scale).to_bits(), "{x} / {scale}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_product_with_the_reciprocal_rounds_to_the_quotient() {
+        check_quotients::<Bf16>(0..128, 16);
+        check_quotients::<F16>(0..1024, 13);
+    }
+
+    #[test]
+    fn extremes_include_zero_and_let_no_nan_pass() {
+        let inf = f32::INFINITY;
+        let cases: [(&[f32], f32, f32); 6] = [
+            (&[1.0, 2.0, 0.5], 0.0, 2.0),
+            (&[-1.0, -0.25], -1.0, 0.0),
+            (&[-3.0, 0.0, 2.0, -0.0], -3.0, 2.0),
+            (&[inf, -1.0], -1.0, inf),
+            (&[0.0, -0.0], 0.0, 0.0),
+            (&[-inf, 5.0], -inf, 5.0),
+        ];
+        let raw = |xs: &[f32]| xs.iter().map(|x| x.to_le_bytes()).collect::<Vec<_>>();
+        let raw_bf16 = |xs: &[f32]| -> Vec<[u8; 2]> {
+            xs.iter().map(|x| ((x.to_bits() >> 16) as u16).to_le_bytes()).collect()
+        };
+        for (xs, min, max) in cases {
+            for e in [F32::extremes(&raw(xs)), Bf16::extremes(&raw_bf16(xs))] {
+                assert_eq!((e.min, e.max), (min, max));
+                assert_eq!(e.magnitude(), f32::max(-min, max));
+            }
+        }
+        for nan in [f32::NAN, -f32::NAN] {
+            for other in [inf, -inf, 1.0] {
+                assert!(F32::extremes(&raw(&[other, nan])).magnitude().is_nan());
+                assert!(Bf16::extremes(&raw_bf16(&[nan, other])).magnitude().is_nan());
+            }
+        }
+    }
+}

@@ -1,0 +1,76 @@
+//! Buffers for encoded chunks, used again and again so that memory stays where it is.
+
+use std::ops::{Deref, DerefMut};
+use std::sync::{Arc, Weak};
+
+use parking_lot::Mutex;
+
+/// Idle buffers that are kept for the next chunk.
+const IDLE: usize = 16;
+
+/// Buffers below this many bytes are the allocator's business.
+const SMALL: usize = 64 << 10;
+
+/// Where buffers go when they are dropped, and come from.
+///
+/// A chunk's codes are too large for the allocator to recycle well: it would ask the kernel for
+/// fresh pages, and have them zeroed, for every one.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Buffers(Arc<Mutex<Vec<Vec<u8>>>>);
+
+/// Bytes that return to where they came from.
+#[derive(Debug)]
+pub(super) struct Buffer {
+    bytes: Vec<u8>,
+    home: Weak<Mutex<Vec<Vec<u8>>>>,
+}
+
+impl Buffers {
+    /// A buffer of `len` bytes, whatever they are.
+    pub(super) fn take(&self, len: usize) -> Buffer {
+        if len < SMALL {
+            return Buffer::from(vec![0; len]);
+        }
+        let mut idle = self.0.lock();
+        // One that is much too large is worth more to somebody else.
+        let fits = |bytes: &Vec<u8>| (len..=len.saturating_mul(2)).contains(&bytes.capacity());
+        let found = idle.iter().position(fits).map(|i| idle.swap_remove(i));
+        drop(idle);
+        let mut bytes = found.unwrap_or_else(|| Vec::with_capacity(len));
+        bytes.resize(len, 0);
+        Buffer { bytes, home: Arc::downgrade(&self.0) }
+    }
+}
+
+impl From<Vec<u8>> for Buffer {
+    /// Bytes that belong to no store.
+    fn from(bytes: Vec<u8>) -> Self {
+        Self { bytes, home: Weak::new() }
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        if let Some(home) = self.home.upgrade() {
+            let mut idle = home.lock();
+            idle.push(std::mem::take(&mut self.bytes));
+            let surplus = (idle.len() > IDLE).then(|| idle.remove(0));
+            drop(idle);
+            drop(surplus);
+        }
+    }
+}
+
+impl Deref for Buffer {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
+impl DerefMut for Buffer {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        &mut self.bytes
+    }
+}

@@ -1,0 +1,280 @@
+//! Encoded chunks, kept while they fit the budget, each encoded by one thread at a time.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use lru::LruCache;
+use parking_lot::{Condvar, Mutex};
+
+use super::buffers::Buffer;
+use crate::error::Result;
+
+/// A chunk of a weight: the weight's position among all of the view's, and the chunk's in it.
+pub(super) type ChunkKey = (u32, u32);
+
+/// The parts of an encoded chunk, in the scheme's order.
+pub(super) type Parts = Arc<[Arc<Buffer>]>;
+
+/// Encoded chunks by weight and chunk, under a budget of bytes.
+///
+/// The first part of a chunk, its codes, and the rest are evicted apart, each by least recent use.
+/// A sequential reader meets all codes of a weight before the first of its scales, and a chunk must
+/// not be encoded twice for that: scales outlive the codes that they were made with.
+#[derive(Debug)]
+pub(super) struct Cache {
+    state: Mutex<State>,
+    hits: AtomicU64,
+    misses: AtomicU64,
+}
+
+#[derive(Debug)]
+struct State {
+    /// Codes, and all other parts.
+    kept: [Kept; 2],
+    making: HashMap<ChunkKey, Arc<Flight>>,
+}
+
+#[derive(Debug)]
+struct Kept {
+    parts: LruCache<(ChunkKey, usize), Arc<Buffer>>,
+    bytes: u64,
+    budget: u64,
+}
+
+/// A chunk that some thread is encoding.
+#[derive(Debug, Default)]
+struct Flight {
+    outcome: Mutex<Option<Landing>>,
+    landed: Condvar,
+}
+
+#[derive(Clone, Debug)]
+enum Landing {
+    Parts(Parts),
+    /// Its maker failed; whoever waited tries for itself, and gets an error of its own.
+    Failed,
+}
+
+impl Cache {
+    /// Keeps at most `budget` bytes: an eighth for scales and other small parts, the rest for codes.
+    pub(super) fn new(budget: u64) -> Self {
+        let kept = |budget| Kept { parts: LruCache::unbounded(), bytes: 0, budget };
+        let small = budget / 8;
+        Self {
+            state: Mutex::new(State {
+                kept: [kept(budget - small), kept(small)],
+                making: HashMap::new(),
+            }),
+            hits: AtomicU64::new(0),
+            misses: AtomicU64::new(0),
+        }
+    }
+
+    /// One part of a chunk, made by `make` where it isn't kept. Of several callers one makes it,
+    /// outside of any lock, and the others wait for that chunk alone.
+    ///
+    /// # Errors
+    /// What `make` returns.
+    pub(super) fn get(
+        &self,
+        key: ChunkKey,
+        part: usize,
+        make: impl Fn() -> Result<Vec<Buffer>>,
+    ) -> Result<Arc<Buffer>> {
+        loop {
+            let flight = {
+                let mut state = self.state.lock();
+                if let Some(buffer) = state.kept[class(part)].parts.get(&(key, part)) {
+                    self.hits.fetch_add(1, Ordering::Relaxed);
+                    return Ok(buffer.clone());
+                }
+                match state.making.get(&key) {
+                    Some(flight) => Some(flight.clone()),
+                    None => {
+                        state.making.insert(key, Arc::default());
+                        None
+                    }
+                }
+            };
+            match flight {
+                None => return self.make(key, &make).map(|parts| parts[part].clone()),
+                Some(flight) => {
+                    let mut outcome = flight.outcome.lock();
+                    flight.landed.wait_while(&mut outcome, |outcome| outcome.is_none());
+                    if let Some(Landing::Parts(parts)) = &*outcome {
+                        self.hits.fetch_add(1, Ordering::Relaxed);
+                        return Ok(parts[part].clone());
+                    }
+                }
+            }
+        }
+    }
+
+    /// Makes a chunk unless it is kept or being made, and waits for nobody.
+    ///
+    /// # Errors
+    /// What `make` returns.
+    pub(super) fn prepare(
+        &self,
+        key: ChunkKey,
+        make: impl Fn() -> Result<Vec<Buffer>>,
+    ) -> Result<()> {
+        {
+            let mut state = self.state.lock();
+            if state.kept[0].parts.contains(&(key, 0)) || state.making.contains_key(&key) {
+                return Ok(());
+            }
+            state.making.insert(key, Arc::default());
+        }
+        self.make(key, &make).map(drop)
+    }
+
+    /// Bytes kept, and parts found and not found since the start.
+    pub(super) fn usage(&self) -> (u64, u64, u64) {
+        let bytes = self.state.lock().kept.iter().map(|kept| kept.bytes).sum();
+        (bytes, self.hits.load(Ordering::Relaxed), self.misses.load(Ordering::Relaxed))
+    }
+
+    /// Makes a chunk that this thread has announced in `making`.
+    fn make(&self, key: ChunkKey, make: &impl Fn() -> Result<Vec<Buffer>>) -> Result<Parts> {
+        /// Lets waiters go however `make` ends, by panic too.
+        struct Announced<'a>(&'a Cache, ChunkKey, Option<Parts>);
+
+        impl Drop for Announced<'_> {
+            fn drop(&mut self) {
+                let Self(cache, key, parts) = self;
+                let mut evicted = Vec::new();
+                let flight = {
+                    let mut state = cache.state.lock();
+                    for (part, buffer) in parts.iter().flat_map(|parts| parts.iter().enumerate()) {
+                        state.kept[class(part)].push((*key, part), buffer.clone(), &mut evicted);
+                    }
+                    state.making.remove(key)
+                };
+                drop(evicted);
+                if let Some(flight) = flight {
+                    let landing = parts.take().map_or(Landing::Failed, Landing::Parts);
+                    *flight.outcome.lock() = Some(landing);
+                    flight.landed.notify_all();
+                }
+            }
+        }
+
+        self.misses.fetch_add(1, Ordering::Relaxed);
+        let mut announced = Announced(self, key, None);
+        let parts: Parts = make()?.into_iter().map(Arc::new).collect();
+        announced.2 = Some(parts.clone());
+        Ok(parts)
+    }
+}
+
+impl Kept {
+    fn push(
+        &mut self,
+        key: (ChunkKey, usize),
+        buffer: Arc<Buffer>,
+        evicted: &mut Vec<Arc<Buffer>>,
+    ) {
+        self.bytes += buffer.len() as u64;
+        if let Some((_, old)) = self.parts.push(key, buffer) {
+            self.bytes -= old.len() as u64;
+            evicted.push(old);
+        }
+        while self.bytes > self.budget {
+            let (_, old) = self.parts.pop_lru().expect("bytes are those of the parts kept");
+            self.bytes -= old.len() as u64;
+            evicted.push(old);
+        }
+    }
+}
+
+fn class(part: usize) -> usize {
+    part.min(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicUsize;
+    use std::thread;
+    use std::time::Duration;
+
+    use super::*;
+    use crate::error;
+
+    fn parts(value: u8) -> Vec<Buffer> {
+        vec![Buffer::from(vec![value; 70]), Buffer::from(vec![value; 10])]
+    }
+
+    #[test]
+    fn many_threads_make_a_chunk_once_and_all_get_it() {
+        let cache = Cache::new(0);
+        let made = AtomicUsize::new(0);
+        thread::scope(|scope| {
+            for _ in 0..8 {
+                scope.spawn(|| {
+                    let got = cache.get((1, 2), 1, || {
+                        made.fetch_add(1, Ordering::Relaxed);
+                        thread::sleep(Duration::from_millis(200));
+                        Ok(parts(3))
+                    });
+                    assert_eq!(&got.expect("made")[..], &[3; 10]);
+                });
+            }
+        });
+        assert_eq!(made.into_inner(), 1);
+        assert_eq!(cache.usage(), (0, 7, 1));
+    }
+
+    #[test]
+    fn a_failure_or_panic_reaches_its_maker_and_frees_the_others() {
+        let cache = Cache::new(1000);
+        let turn = AtomicUsize::new(0);
+        thread::scope(|scope| {
+            let callers: Vec<_> = (0..3)
+                .map(|_| {
+                    scope.spawn(|| {
+                        cache.get((0, 0), 0, || {
+                            let turn = turn.fetch_add(1, Ordering::Relaxed);
+                            thread::sleep(Duration::from_millis(100));
+                            match turn {
+                                0 => panic!("first"),
+                                1 => Err(error::stale("second")),
+                                _ => Ok(parts(9)),
+                            }
+                        })
+                    })
+                })
+                .collect();
+            let outcomes: Vec<_> = callers.into_iter().map(|caller| caller.join()).collect();
+            let ok = outcomes.iter().filter(|o| matches!(o, Ok(Ok(_)))).count();
+            let failed = outcomes.iter().filter(|o| matches!(o, Ok(Err(_)))).count();
+            assert_eq!((ok, failed), (1, 1), "and one panicked");
+        });
+    }
+
+    #[test]
+    fn codes_are_evicted_before_scales_and_the_budget_holds() {
+        let cache = Cache::new(240);
+        for chunk in 0..3 {
+            cache.get((0, chunk), 0, || Ok(parts(chunk as u8))).expect("made");
+        }
+        let (bytes, ..) = cache.usage();
+        // Two of 70 bytes of codes in 210, three of 10 bytes of scales in 30.
+        assert!(bytes <= 240);
+        for chunk in 0..3 {
+            let make = || Err(error::stale("encoded again"));
+            assert_eq!(cache.get((0, chunk), 1, make).expect("kept")[0], chunk as u8);
+        }
+        cache.get((0, 3), 0, || Ok(parts(3))).expect("made");
+        assert!(cache.get((0, 0), 0, || Err(error::stale("gone"))).is_err());
+    }
+
+    #[test]
+    fn what_is_prepared_is_not_made_again() {
+        let cache = Cache::new(1000);
+        cache.prepare((0, 0), || Ok(parts(1))).expect("made");
+        cache.prepare((0, 0), || panic!("made twice")).expect("kept");
+        assert_eq!(cache.get((0, 0), 0, || panic!("made twice")).expect("kept")[0], 1);
+    }
+}

@@ -1,0 +1,277 @@
+//! One checkpoint of a view, planned: its shards laid out, its chunks encoded on demand.
+
+use std::ops::Range;
+
+use serde_json::{Map, Value, json};
+
+use super::buffers::{Buffer, Buffers};
+use super::cache::{Cache, ChunkKey};
+use super::shard::{Piece, VirtualShard};
+use super::{Budget, Counters};
+use crate::error::Result;
+use crate::format::{Content, Format, Item, Plan, Weight, config};
+use crate::quant::{Isa, Reals, Tile};
+use crate::recipe::Request;
+use crate::source::{Checkpoint, SourceFiles, Window};
+
+/// A checkpoint and what a format makes of it.
+#[derive(Debug)]
+pub struct Model {
+    checkpoint: Checkpoint,
+    format: &'static dyn Format,
+    plan: Plan,
+    shards: Vec<VirtualShard>,
+    /// What `Model`'s weights count from in the view's cache.
+    first_weight: u32,
+}
+
+/// What reads need beside the model itself; one for the whole view.
+#[derive(Debug)]
+pub(super) struct Engine {
+    pub(super) files: SourceFiles,
+    pub(super) cache: Cache,
+    pub(super) buffers: Buffers,
+    pub(super) isa: Isa,
+    pub(super) budget: Budget,
+    pub(super) counters: Counters,
+}
+
+impl Model {
+    pub(super) fn new(
+        checkpoint: Checkpoint,
+        format: &'static dyn Format,
+        request: &Request,
+        first_weight: u32,
+    ) -> Result<Self> {
+        let config = checkpoint.config().map(|config| &config.value);
+        let plan = format.plan(checkpoint.catalog(), config, request)?;
+        let mut ids = vec![Vec::new(); checkpoint.shards().len()];
+        for (id, item) in plan.items.iter().enumerate() {
+            ids[checkpoint.catalog()[item.tensor].shard()].push(id);
+        }
+        // Where nothing is encoded, every file is the source's own.
+        let shards = if plan.weights.is_empty() {
+            Vec::new()
+        } else {
+            let lay_out = |(ids, shard): (Vec<usize>, &crate::source::Shard)| {
+                VirtualShard::new(&plan.items, ids, &metadata(&shard.metadata))
+            };
+            ids.into_iter().zip(checkpoint.shards()).map(lay_out).collect()
+        };
+        Ok(Self { checkpoint, format, plan, shards, first_weight })
+    }
+
+    /// The source.
+    pub fn checkpoint(&self) -> &Checkpoint {
+        &self.checkpoint
+    }
+
+    /// The format that it is shown in.
+    pub fn format(&self) -> &'static dyn Format {
+        self.format
+    }
+
+    /// What every tensor becomes.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// Bytes of all tensors as they are shown, without headers.
+    pub fn shown_len(&self) -> u64 {
+        if self.shards.is_empty() {
+            return self.source_len();
+        }
+        self.shards.iter().map(VirtualShard::data_len).sum()
+    }
+
+    /// Bytes of all tensors in the source, without headers.
+    pub fn source_len(&self) -> u64 {
+        self.checkpoint.catalog().tensors().iter().map(|tensor| tensor.stored_len()).sum()
+    }
+
+    /// The items that each tensor becomes, in the catalog's order.
+    pub fn items_by_tensor(&self) -> Vec<Vec<&Item>> {
+        let mut items = vec![Vec::new(); self.checkpoint.catalog().tensors().len()];
+        for item in &self.plan.items {
+            items[item.tensor].push(item);
+        }
+        items
+    }
+
+    /// The items of a virtual shard in the order of their data, as positions in [`Plan::items`].
+    pub fn shard_items(&self, shard: usize) -> &[usize] {
+        self.shards[shard].items()
+    }
+
+    /// The virtual shards; none where the source's own are shown.
+    pub(super) fn shards(&self) -> &[VirtualShard] {
+        &self.shards
+    }
+
+    /// The synthesized index, where the source has one and it changes.
+    pub(super) fn index_text(&self) -> Option<Vec<u8>> {
+        let index = self.checkpoint.index().filter(|_| !self.shards.is_empty())?;
+        let mut metadata = index.metadata.clone();
+        metadata.insert("total_size".to_owned(), self.shown_len().into());
+        let shard_of = |item: &Item| self.checkpoint.catalog()[item.tensor].shard();
+        let mut names: Vec<(&str, usize)> =
+            self.plan.items.iter().map(|item| (item.name.as_str(), shard_of(item))).collect();
+        names.sort_unstable();
+        let file = |shard: usize| Value::from(self.checkpoint.shards()[shard].file.name());
+        let weight_map: Map<String, Value> =
+            names.into_iter().map(|(name, shard)| (name.to_owned(), file(shard))).collect();
+        let index = json!({ "metadata": metadata, "weight_map": weight_map });
+        let mut text = serde_json::to_vec_pretty(&index).expect("JSON values serialize");
+        text.push(b'\n');
+        Some(text)
+    }
+
+    /// `config.json` with the quantization declared, where there is one and it changes.
+    pub(super) fn config_text(&self) -> Option<Vec<u8>> {
+        let declared = self.plan.quantization_config.clone()?;
+        let source = self.checkpoint.config()?;
+        let append = Map::from_iter([("quantization_config".to_owned(), declared)]);
+        Some(config::edited(&source.text, &[], &append).into_bytes())
+    }
+
+    /// Fills `buf` from `offset` of a virtual shard; the range lies within it.
+    pub(super) fn read_shard(
+        &self,
+        engine: &Engine,
+        shard: usize,
+        offset: u64,
+        buf: &mut [u8],
+    ) -> Result<()> {
+        let shard = &self.shards[shard];
+        let mut rest = buf;
+        for piece in shard.pieces(offset..offset + rest.len() as u64) {
+            let (Piece::Header(range) | Piece::Item(_, range)) = &piece;
+            let (out, after) = rest.split_at_mut((range.end - range.start) as usize);
+            rest = after;
+            match piece {
+                Piece::Header(range) => {
+                    out.copy_from_slice(&shard.header()[range.start as usize..range.end as usize]);
+                }
+                Piece::Item(id, range) => match &self.plan.items[id].content {
+                    Content::Source => {
+                        let tensor = self.plan.items[id].tensor;
+                        engine.counters.source.add(out.len() as u64);
+                        self.checkpoint.read_exact_at(&engine.files, tensor, range.start, out)?;
+                    }
+                    Content::Inline(bytes) => {
+                        out.copy_from_slice(&bytes[range.start as usize..range.end as usize]);
+                    }
+                    Content::Part { weight, part } => {
+                        self.read_part(engine, *weight, *part, range.start, out)?;
+                    }
+                },
+            }
+        }
+        Ok(())
+    }
+
+    fn read_part(
+        &self,
+        engine: &Engine,
+        weight: usize,
+        part: usize,
+        offset: u64,
+        out: &mut [u8],
+    ) -> Result<()> {
+        let Weight { tensor, scheme } = self.plan.weights[weight];
+        let tensor = &self.checkpoint.catalog()[tensor];
+        let grid = scheme.grid(tensor.dtype, &tensor.shape, engine.budget.chunk);
+        let end = offset + out.len() as u64;
+        let mut rest = out;
+        for chunk in grid.chunk_at(part, offset)..=grid.chunk_at(part, end - 1) {
+            let range = grid.range(part, chunk);
+            let first = offset.max(range.start);
+            let (out, after) = rest.split_at_mut((end.min(range.end) - first) as usize);
+            rest = after;
+            let key = self.key(weight, chunk);
+            let bytes = engine.cache.get(key, part, || self.encode(engine, weight, chunk))?;
+            let skipped = (first - range.start) as usize;
+            out.copy_from_slice(&bytes[skipped..skipped + out.len()]);
+        }
+        Ok(())
+    }
+
+    /// Encodes a chunk into the cache unless it is there.
+    pub(super) fn prepare(&self, engine: &Engine, weight: usize, chunk: u64) -> Result<()> {
+        engine.cache.prepare(self.key(weight, chunk), || self.encode(engine, weight, chunk))
+    }
+
+    /// The weights and chunks whose codes lie in a range of a virtual shard, which may end beyond
+    /// it. Scales come with the codes that stand before them.
+    pub(super) fn chunks_of(
+        &self,
+        engine: &Engine,
+        shard: usize,
+        range: Range<u64>,
+    ) -> impl Iterator<Item = (usize, u64)> {
+        let shard = &self.shards[shard];
+        let range = range.start.min(shard.len())..range.end.min(shard.len());
+        let chunk_bytes = engine.budget.chunk;
+        let chunks = move |piece| match piece {
+            Piece::Item(id, range) => match self.plan.items[id].content {
+                Content::Part { weight, part: 0 } => {
+                    let Weight { tensor, scheme } = self.plan.weights[weight];
+                    let tensor = &self.checkpoint.catalog()[tensor];
+                    let grid = scheme.grid(tensor.dtype, &tensor.shape, chunk_bytes);
+                    let chunks = grid.chunk_at(0, range.start)..=grid.chunk_at(0, range.end - 1);
+                    Some(chunks.map(move |chunk| (weight, chunk)))
+                }
+                _ => None,
+            },
+            Piece::Header(_) => None,
+        };
+        shard.pieces(range).filter_map(chunks).flatten()
+    }
+
+    /// Encodes every part of one chunk in one pass over its source.
+    fn encode(&self, engine: &Engine, weight: usize, chunk: u64) -> Result<Vec<Buffer>> {
+        let Weight { tensor: id, scheme } = self.plan.weights[weight];
+        let tensor = &self.checkpoint.catalog()[id];
+        let grid = scheme.grid(tensor.dtype, &tensor.shape, engine.budget.chunk);
+        let parts = scheme.parts(tensor.dtype, &tensor.shape).len();
+        let mut buffers: Vec<Buffer> = (0..parts)
+            .map(|part| grid.range(part, chunk))
+            .map(|range| engine.buffers.take((range.end - range.start) as usize))
+            .collect();
+        let (_, width) = grid.view();
+        let place = grid.window(chunk);
+        let window = Window {
+            width,
+            first_row: place.first_row,
+            rows: place.rows,
+            first_col: place.first_col,
+            cols: place.cols,
+        };
+        engine.counters.source.add(place.rows * place.cols * tensor.dtype.bitsize() as u64 / 8);
+        self.checkpoint.with_window(&engine.files, id, window, |bytes| {
+            let data = Reals::new(tensor.dtype, bytes).expect("the scheme accepted the type");
+            let tile = Tile {
+                data,
+                rows: place.rows as usize,
+                cols: place.cols as usize,
+                stride: width as usize,
+            };
+            let mut out: Vec<&mut [u8]> =
+                buffers.iter_mut().map(|buffer| &mut buffer[..]).collect();
+            scheme.encode(engine.isa, &tile, &mut out);
+        })?;
+        Ok(buffers)
+    }
+
+    fn key(&self, weight: usize, chunk: u64) -> ChunkKey {
+        let weight = self.first_weight + u32::try_from(weight).expect("weights were counted");
+        (weight, u32::try_from(chunk).expect("a weight has fewer than 2^32 chunks"))
+    }
+}
+
+/// A virtual shard's `__metadata__`: the source's, in a framework that loaders of quantized
+/// checkpoints accept.
+fn metadata(source: &[(String, String)]) -> Vec<(String, String)> {
+    let others = source.iter().filter(|(key, _)| key != "format").cloned();
+    std::iter::once(("format".to_owned(), "pt".to_owned())).chain(others).collect()
+}

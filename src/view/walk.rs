@@ -1,0 +1,249 @@
+//! Walks the source's directory once and plans what the view shows of it.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use super::model::Model;
+use super::tree::{NodeId, NodeKind, ROOT, Tree};
+use super::{Content, Hidden};
+use crate::error::{self, Error, Result};
+use crate::format::{self, Format};
+use crate::recipe::Request;
+use crate::source::{Checkpoint, SourceFile, find_index_file, is_adapter};
+
+/// What is found on the way.
+pub(super) struct Walk<'a> {
+    format: &'static dyn Format,
+    request: &'a Request,
+    pub(super) tree: Tree,
+    pub(super) contents: Vec<Content>,
+    pub(super) models: Vec<Model>,
+    pub(super) hidden: Vec<Hidden>,
+    pub(super) warnings: Vec<String>,
+    weights: u32,
+}
+
+impl<'a> Walk<'a> {
+    pub(super) fn new(format: &'static dyn Format, request: &'a Request) -> Self {
+        Self {
+            format,
+            request,
+            tree: Tree::new(SystemTime::UNIX_EPOCH),
+            contents: vec![Content::Dir],
+            models: Vec::new(),
+            hidden: Vec::new(),
+            warnings: Vec::new(),
+            weights: 0,
+        }
+    }
+
+    /// Walks from `path` down and returns the canonical path of the directory that it starts in.
+    pub(super) fn run(&mut self, path: &Path) -> Result<PathBuf> {
+        let metadata = path.metadata().map_err(|cause| Error::io(path.display(), cause))?;
+        let checkpoint = if metadata.is_dir() {
+            self.checkpoint_in(path, true)?
+        } else {
+            Some(Checkpoint::open(path)?)
+        };
+        let root = match &checkpoint {
+            Some(checkpoint) => checkpoint.dir().to_owned(),
+            None => path.canonicalize().map_err(|cause| Error::io(path.display(), cause))?,
+        };
+        let modified = root.metadata().and_then(|metadata| metadata.modified());
+        self.tree = Tree::new(modified.map_err(|cause| Error::io(root.display(), cause))?);
+        let mut above = vec![root.clone()];
+        self.add_dir(&root, Path::new(""), ROOT, checkpoint, &mut above)?;
+        if self.models.is_empty() {
+            return Err(error::not_found(format!(
+                "{}: not a model directory: no safetensors checkpoint in it or below",
+                path.display()
+            )));
+        }
+        Ok(root)
+    }
+
+    /// The checkpoint in a directory, if there is one.
+    ///
+    /// Below the root a directory of loose weight files, without index or config, is none.
+    fn checkpoint_in(&mut self, dir: &Path, is_root: bool) -> Result<Option<Checkpoint>> {
+        let indexed = match find_index_file(dir) {
+            Ok(found) => found.is_some(),
+            Err(error) if is_root => return Err(error),
+            Err(_) => true,
+        };
+        if !indexed && !(has_weights(dir)? && (is_root || dir.join("config.json").exists())) {
+            return Ok(None);
+        }
+        Checkpoint::open(dir).map(Some)
+    }
+
+    fn add_dir(
+        &mut self,
+        dir: &Path,
+        below: &Path,
+        node: NodeId,
+        checkpoint: Option<Checkpoint>,
+        above: &mut Vec<PathBuf>,
+    ) -> Result<()> {
+        let model = checkpoint.map(|checkpoint| self.add_model(checkpoint, below)).transpose()?;
+        for (name, path) in sorted_entries(dir)? {
+            let here = below.join(&name);
+            let Ok(metadata) = path.metadata() else {
+                self.warnings.push(format!("{}: not shown: it leads nowhere", here.display()));
+                continue;
+            };
+            let modified = metadata.modified().map_err(|c| Error::io(path.display(), c))?;
+            if metadata.is_dir() {
+                let target = path.canonicalize().map_err(|c| Error::io(path.display(), c))?;
+                if above.contains(&target) {
+                    self.warnings
+                        .push(format!("{}: not shown: it contains itself", here.display()));
+                    continue;
+                }
+                let kind = NodeKind::Dir { children: Vec::new() };
+                let child = self.add(node, name, modified, kind, Content::Dir);
+                let checkpoint =
+                    self.checkpoint_in(&path, false).map_err(|e| e.within(here.display()))?;
+                above.push(target);
+                self.add_dir(&path, &here, child, checkpoint, above)?;
+                above.pop();
+            } else if !metadata.is_file() {
+                self.warnings.push(format!("{}: not shown: not a regular file", here.display()));
+            } else if let Some(reason) = model.and_then(|model| self.hides(model, &name)) {
+                self.hidden.push(Hidden { path: here, size: metadata.len(), reason });
+            } else {
+                let content = self.content_of(model, dir, &name, below)?;
+                let size = match &content {
+                    Content::Dir => unreachable!("files are no directories"),
+                    Content::Copy(file) => file.len(),
+                    Content::Inline(bytes) => bytes.len() as u64,
+                    Content::Shard { model, shard } => self.models[*model].shards()[*shard].len(),
+                };
+                self.add(node, name, modified, NodeKind::File { size }, content);
+            }
+        }
+        Ok(())
+    }
+
+    fn add(
+        &mut self,
+        parent: NodeId,
+        name: OsString,
+        modified: SystemTime,
+        kind: NodeKind,
+        content: Content,
+    ) -> NodeId {
+        self.contents.push(content);
+        self.tree.add(parent, name, modified, kind)
+    }
+
+    fn add_model(&mut self, checkpoint: Checkpoint, below: &Path) -> Result<usize> {
+        let place = |error: Error| match below.as_os_str().is_empty() {
+            true => error,
+            false => error.within(below.display()),
+        };
+        let diffusers = checkpoint
+            .config()
+            .is_some_and(|config| config.value.get("_diffusers_version").is_some());
+        let format = if diffusers { format::find("dense")? } else { self.format };
+        let request = match diffusers {
+            true => &Request { format: "dense".to_owned(), ..Request::default() },
+            false => self.request,
+        };
+        let model = Model::new(checkpoint, format, request, self.weights).map_err(place)?;
+        let prefix = match below.as_os_str().is_empty() {
+            true => String::new(),
+            false => format!("{}: ", below.display()),
+        };
+        let assignment = &model.plan().assignment;
+        self.warnings.extend(assignment.warnings().iter().map(|line| format!("{prefix}{line}")));
+        if diffusers && self.format.name() != "dense" {
+            self.warnings.push(format!(
+                "{prefix}shown as it is: diffusers components do not read {}",
+                self.format.name()
+            ));
+        }
+        self.weights += u32::try_from(model.plan().weights.len()).expect("far fewer than 2^32");
+        self.models.push(model);
+        Ok(self.models.len() - 1)
+    }
+
+    /// Why a file beside a checkpoint isn't shown: a loader might take it for the weights.
+    fn hides(&self, model: usize, name: &OsString) -> Option<&'static str> {
+        let name = name.to_str()?;
+        let checkpoint = self.models[model].checkpoint();
+        if checkpoint.shards().iter().any(|shard| shard.file.name() == name) {
+            return None;
+        }
+        let own_index = checkpoint.index().is_some_and(|index| index.file_name == name);
+        let ends = |suffixes: &[&str]| suffixes.iter().any(|suffix| name.ends_with(suffix));
+        if is_adapter(name) || own_index {
+            None
+        } else if name.ends_with(".safetensors") {
+            Some("a shard that the index does not name")
+        } else if ends(&[".safetensors.index.json"]) {
+            Some("another checkpoint's index")
+        } else if name.starts_with("consolidated")
+            || ends(&[".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".bin.index.json"])
+        {
+            Some("weights in another format")
+        } else {
+            None
+        }
+    }
+
+    fn content_of(
+        &self,
+        model: Option<usize>,
+        dir: &Path,
+        name: &OsString,
+        below: &Path,
+    ) -> Result<Content> {
+        if let Some(position) = model
+            && let Some(utf8) = name.to_str()
+        {
+            let model = &self.models[position];
+            let shards = model.checkpoint().shards();
+            if let Some(shard) = shards.iter().position(|shard| shard.file.name() == utf8) {
+                return Ok(match model.shards().is_empty() {
+                    true => Content::Copy(shards[shard].file.clone()),
+                    false => Content::Shard { model: position, shard },
+                });
+            }
+            let synthesized = match utf8 {
+                "config.json" => model.config_text(),
+                _ if model.checkpoint().index().is_some_and(|i| i.file_name == utf8) => {
+                    model.index_text()
+                }
+                _ => None,
+            };
+            if let Some(bytes) = synthesized {
+                return Ok(Content::Inline(bytes.into()));
+            }
+        }
+        let (file, _) =
+            SourceFile::open(dir, name).map_err(|e| e.within(below.join(name).display()))?;
+        Ok(Content::Copy(Arc::new(file)))
+    }
+}
+
+/// Whether a directory holds weight files of a model.
+fn has_weights(dir: &Path) -> Result<bool> {
+    Ok(sorted_entries(dir)?.iter().any(|(name, path)| {
+        name.to_str().is_some_and(|name| name.ends_with(".safetensors") && !is_adapter(name))
+            && !path.is_dir()
+    }))
+}
+
+fn sorted_entries(dir: &Path) -> Result<Vec<(OsString, PathBuf)>> {
+    let at = |cause| Error::io(dir.display(), cause);
+    let entries = std::fs::read_dir(dir).map_err(at)?;
+    let mut entries = entries
+        .map(|entry| entry.map(|entry| (entry.file_name(), entry.path())))
+        .collect::<Result<Vec<_>, _>>()
+        .map_err(at)?;
+    entries.sort_unstable();
+    Ok(entries)
+}

@@ -1,0 +1,129 @@
+//! Any read of any virtual file is the slice of the whole, whatever the cache and chunk sizes.
+
+mod support;
+
+use std::sync::LazyLock;
+
+use aq_fs::export::{Options, export};
+use aq_fs::format::FORMATS;
+use aq_fs::quant::{Granularity, Quality};
+use aq_fs::recipe::Request;
+use aq_fs::view::{Budget, NodeId, NodeKind, View};
+use proptest::prelude::*;
+
+static MODEL: LazyLock<tempfile::TempDir> = LazyLock::new(|| {
+    let dir = tempfile::tempdir().expect("a directory");
+    support::llama(dir.path());
+    dir
+});
+
+/// One request for every format as it is by default, and variants of those that take them.
+fn requests() -> Vec<Request> {
+    let mut requests: Vec<Request> = FORMATS
+        .iter()
+        .map(|format| Request { format: format.name().to_owned(), ..Request::default() })
+        .collect();
+    for bits in 2..=8 {
+        for symmetric in [true, false] {
+            for granularity in [Granularity::Group(32), Granularity::Channel] {
+                requests.push(Request {
+                    bits: Some(bits),
+                    symmetric: Some(symmetric),
+                    granularity: Some(granularity),
+                    quality: if bits % 2 == 0 { Quality::Search } else { Quality::Reference },
+                    ..Request::default()
+                });
+            }
+        }
+    }
+    requests
+}
+
+fn whole(view: &View, file: NodeId) -> Vec<u8> {
+    let NodeKind::File { size } = view.tree().nodes()[file].kind else { return Vec::new() };
+    let mut bytes = vec![0; size as usize];
+    assert_eq!(view.read_at(file, 0, &mut bytes).expect("readable"), bytes.len());
+    bytes
+}
+
+/// Every file of the oracle, which encodes each weight as one chunk and keeps none of it.
+static ORACLES: LazyLock<Vec<Vec<Vec<u8>>>> = LazyLock::new(|| {
+    let oracle = |request: &Request| {
+        let budget = Budget { cache: 0, chunk: u64::MAX, ahead: 0 };
+        let view = View::open(MODEL.path(), request, budget).expect("a view");
+        (0..view.tree().nodes().len()).map(|file| whole(&view, file)).collect()
+    };
+    requests().iter().map(oracle).collect()
+});
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn every_read_is_a_slice_of_the_whole(
+        which in 0..requests().len(),
+        cache in prop_oneof![Just(0u64), 1u64..200_000, Just(1 << 30)],
+        chunk in prop_oneof![Just(1u64), 1u64..100_000, Just(1 << 20)],
+        ahead in prop_oneof![Just(0u64), 1u64..1_000_000],
+        reads in prop::collection::vec((any::<prop::sample::Index>(), any::<prop::sample::Index>(), 0usize..70_000), 1..40),
+    ) {
+        let request = &requests()[which];
+        let view = View::open(MODEL.path(), request, Budget { cache, chunk, ahead }).expect("a view");
+        let oracle = &ORACLES[which];
+        for (file, offset, len) in reads {
+            let file = file.index(oracle.len());
+            let expected = &oracle[file];
+            if matches!(view.tree().nodes()[file].kind, NodeKind::Dir { .. }) {
+                continue;
+            }
+            // Past the end too.
+            let offset = offset.index(expected.len() + 2);
+            let end = (offset + len).min(expected.len());
+            let expected = &expected[offset.min(end)..end];
+            let mut buf = vec![0xaa; len];
+            let got = view.read_at(file, offset as u64, &mut buf).expect("readable");
+            prop_assert_eq!(&buf[..got], expected, "{:?}: {} at {}", request, len, offset);
+        }
+    }
+}
+
+#[test]
+fn an_export_is_what_a_view_shows() {
+    for (request, oracle) in requests().iter().zip(ORACLES.iter()).step_by(3) {
+        let budget = Budget { cache: 1 << 20, chunk: 30_000, ahead: 0 };
+        let view = View::open(MODEL.path(), request, budget).expect("a view");
+        let out = tempfile::tempdir().expect("a directory");
+        let options = Options { threads: 3, overwrite: false };
+        let summary = export(&view, out.path(), options, &|_, _| {}).expect("exported");
+        let mut files = 0;
+        for (id, node) in view.tree().nodes().iter().enumerate() {
+            if let NodeKind::File { .. } = node.kind {
+                let written = std::fs::read(out.path().join(view.tree().path(id))).expect("there");
+                assert!(written == oracle[id], "{request:?}: {:?}", node.name);
+                files += 1;
+            }
+        }
+        assert_eq!(summary.files, files);
+        assert_eq!(std::fs::read_dir(out.path()).expect("listed").count(), files);
+    }
+}
+
+#[test]
+fn what_is_not_quantized_is_what_the_source_has() {
+    for request in &requests()[..FORMATS.len()] {
+        let view = View::open(MODEL.path(), request, Budget::default()).expect("a view");
+        let tokenizer = view.tree().lookup(0, "tokenizer.json".as_ref()).expect("shown");
+        let source = std::fs::read(MODEL.path().join("tokenizer.json")).expect("there");
+        assert_eq!(whole(&view, tokenizer), source);
+        for shard in ["model-00001-of-00003.safetensors", "model-00003-of-00003.safetensors"] {
+            let id = view.tree().lookup(0, shard.as_ref()).expect("shown");
+            let shown = whole(&view, id);
+            let shown = safetensors::SafeTensors::deserialize(&shown).expect("a shard");
+            let source = std::fs::read(MODEL.path().join(shard)).expect("there");
+            let source = safetensors::SafeTensors::deserialize(&source).expect("a shard");
+            for name in ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"] {
+                assert_eq!(shown.tensor(name).ok(), source.tensor(name).ok(), "{name}");
+            }
+        }
+    }
+}

@@ -1,0 +1,146 @@
+//! Small checkpoints, made where a test needs one.
+
+#![allow(dead_code, reason = "every test binary uses some of this")]
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::{Path, PathBuf};
+
+use safetensors::Dtype;
+use safetensors::tensor::TensorView;
+use serde_json::{Value, json};
+
+/// Pseudo-random numbers from a seed (SplitMix64).
+#[derive(Clone, Debug)]
+pub(crate) struct Random(pub(crate) u64);
+
+impl Random {
+    pub(crate) fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// About normal, of standard deviation 0.02, with an outlier now and then.
+    pub(crate) fn weight(&mut self) -> f32 {
+        let sum: f32 = (0..4).map(|_| (self.next() >> 40) as f32 / (1u64 << 24) as f32 - 0.5).sum();
+        let outlier = if self.next().is_multiple_of(200) { 8.0 } else { 1.0 };
+        sum * 0.035 * outlier
+    }
+}
+
+/// One tensor to be written.
+#[derive(Clone, Debug)]
+pub(crate) struct Tensor {
+    pub(crate) name: String,
+    pub(crate) dtype: Dtype,
+    pub(crate) shape: Vec<usize>,
+    pub(crate) data: Vec<u8>,
+}
+
+impl Tensor {
+    /// Random weights in BF16, F16 or F32; the same for the same name.
+    pub(crate) fn weights(name: &str, dtype: Dtype, shape: &[usize]) -> Self {
+        let mut random = Random(
+            name.bytes().fold(7, |seed: u64, b| seed.wrapping_mul(31).wrapping_add(b.into())),
+        );
+        let mut data = Vec::new();
+        for _ in 0..shape.iter().product() {
+            let bits = random.weight().to_bits();
+            match dtype {
+                Dtype::BF16 => data.extend(((bits >> 16) as u16).to_le_bytes()),
+                // Truncated; too small becomes zero.
+                Dtype::F16 => {
+                    let (sign, exponent) = (bits >> 16 & 0x8000, (bits >> 23 & 0xff) as i32 - 112);
+                    let magnitude = if exponent <= 0 {
+                        0
+                    } else {
+                        (exponent as u32) << 10 | bits >> 13 & 0x3ff
+                    };
+                    data.extend(((sign | magnitude) as u16).to_le_bytes());
+                }
+                Dtype::F32 => data.extend(bits.to_le_bytes()),
+                other => panic!("no weights of {other}"),
+            }
+        }
+        Self { name: name.to_owned(), dtype, shape: shape.to_vec(), data }
+    }
+}
+
+/// Writes a safetensors file.
+pub(crate) fn write_shard(path: &Path, tensors: &[Tensor]) {
+    let views = tensors.iter().map(|tensor| {
+        let view = TensorView::new(tensor.dtype, tensor.shape.clone(), &tensor.data);
+        (tensor.name.clone(), view.expect("shape and data agree"))
+    });
+    let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+    safetensors::serialize_to_file(views, Some(metadata), path).expect("written");
+}
+
+/// Writes a sharded checkpoint: shards, index, config and a tokenizer.
+pub(crate) fn write_checkpoint(dir: &Path, shards: &[(&str, Vec<Tensor>)], config: &Value) {
+    std::fs::create_dir_all(dir).expect("a directory");
+    let mut weight_map = BTreeMap::new();
+    let mut total = 0;
+    for (name, tensors) in shards {
+        write_shard(&dir.join(name), tensors);
+        for tensor in tensors {
+            weight_map.insert(tensor.name.clone(), *name);
+            total += tensor.data.len();
+        }
+    }
+    let index = json!({
+        "metadata": { "total_size": total, "modality": "text" },
+        "weight_map": weight_map,
+    });
+    let pretty = |value| serde_json::to_string_pretty(value).expect("JSON");
+    std::fs::write(dir.join("model.safetensors.index.json"), pretty(&index)).expect("written");
+    std::fs::write(dir.join("config.json"), pretty(config)).expect("written");
+    std::fs::write(dir.join("tokenizer.json"), "{\"version\": \"1.0\"}\n").expect("written");
+}
+
+/// A Llama-shaped checkpoint of three shards: two layers of width 256, one of them in F16 and F32,
+/// and sizes that are odd where they may be.
+pub(crate) fn llama(dir: &Path) -> PathBuf {
+    let layer = |i: usize, attention: Dtype, mlp: Dtype| {
+        let name = |rest: &str| format!("model.layers.{i}.{rest}.weight");
+        vec![
+            Tensor::weights(&name("input_layernorm"), Dtype::BF16, &[256]),
+            Tensor::weights(&name("self_attn.q_proj"), attention, &[256, 256]),
+            Tensor::weights(&name("self_attn.k_proj"), attention, &[128, 256]),
+            Tensor::weights(&name("self_attn.v_proj"), attention, &[128, 256]),
+            Tensor::weights(&name("self_attn.o_proj"), attention, &[256, 256]),
+            Tensor::weights(&name("post_attention_layernorm"), Dtype::BF16, &[256]),
+            Tensor::weights(&name("mlp.gate_proj"), mlp, &[383, 256]),
+            Tensor::weights(&name("mlp.up_proj"), mlp, &[383, 256]),
+            // 383 is no multiple of a group.
+            Tensor::weights(&name("mlp.down_proj"), mlp, &[256, 383]),
+        ]
+    };
+    let first = vec![
+        Tensor::weights("model.embed_tokens.weight", Dtype::BF16, &[97, 256]),
+        Tensor::weights("model.norm.weight", Dtype::BF16, &[256]),
+    ];
+    let mut last = layer(1, Dtype::F16, Dtype::F32);
+    last.push(Tensor::weights("lm_head.weight", Dtype::BF16, &[97, 256]));
+    let config = json!({
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 256,
+        "intermediate_size": 383,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 97,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": false,
+    });
+    let shards = [
+        ("model-00001-of-00003.safetensors", first),
+        ("model-00002-of-00003.safetensors", layer(0, Dtype::BF16, Dtype::BF16)),
+        ("model-00003-of-00003.safetensors", last),
+    ];
+    write_checkpoint(dir, &shards, &config);
+    dir.to_owned()
+}
