@@ -3,6 +3,7 @@
 mod ignore;
 mod linear;
 mod pattern;
+mod quantized;
 
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -81,13 +82,14 @@ impl Assignment {
     /// the scheme. Weights that loaders fuse into one share one decision.
     ///
     /// # Errors
-    /// `Invalid` for a malformed pattern.
+    /// `Invalid` for a malformed pattern, `Unsupported` for a checkpoint that is quantized already.
     pub fn new(
         catalog: &Catalog,
         config: Option<&Value>,
         request: &Request,
         scheme: Scheme,
     ) -> Result<Self> {
+        quantized::refuse(catalog, config)?;
         let skip = Patterns::new("--skip", &request.skip)?;
         let only = Patterns::new("--only", &request.only)?;
         let entries: Vec<linear::Entry<'_>> = catalog
