@@ -447,7 +447,7 @@ fn is_rearranged(model_type: &str, module: &str, leaf: &str) -> bool {
         }
         "ernie4_5_vl_moe" => module.contains(".experts."),
         // Its own quantized Linear, with integer buffers beside the weight.
-        "ibert" => true,
+        "ibert" => module.contains("encoder."),
         _ => false,
     }
 }
