@@ -74,9 +74,8 @@ impl<'a> Architecture<'a> {
         });
         let assignment = Assignment::new(&catalog, config, &Request::default(), scheme)
             .expect("nothing is refused");
-        let decisions = (0..rows.len())
-            .map(|id| matches!(assignment[id], Decision::Quantize(_)))
-            .collect();
+        let decisions =
+            (0..rows.len()).map(|id| matches!(assignment[id], Decision::Quantize(_))).collect();
         let name = format!("{} {}", value["model_type"], value["architecture"]);
         Self { name, rows, decisions, ignore: assignment.ignore().to_vec(), value }
     }
@@ -108,7 +107,8 @@ fn each(with_config: bool, check: impl Fn(&Architecture<'_>, &mut Vec<String>)) 
 fn only_linears_are_quantized(architecture: &Architecture<'_>, complaints: &mut Vec<String>) {
     for (row, quantized) in architecture.rows() {
         if quantized && !matches!(row.code, 'L' | 'E') {
-            complaints.push(format!("{}: quantizes {} ({})", architecture.name, row.name, row.code));
+            complaints
+                .push(format!("{}: quantizes {} ({})", architecture.name, row.name, row.code));
         }
     }
 }

@@ -170,7 +170,7 @@ ARCHITECTURES = {
         | dict(num_mel_bins=16, max_source_positions=32, max_target_positions=64, begin_suppress_tokens=None),
     ),
     "vit": ("vit", "ViTForImageClassification", "image", VISION),
-    "dinov2": ("dinov2", "Dinov2ForImageClassification", "image", VISION | dict(mlp_ratio=2)),
+    "deit": ("deit", "DeiTForImageClassification", "image", VISION),
     "siglip-vision": ("siglip_vision_model", "SiglipVisionModel", "image", VISION),
     "clip": (
         "clip",

@@ -51,7 +51,10 @@ COVERAGE = 0.9
 COMPRESSED = re.compile(r"^(?!.*(t5|clip|siglip|mamba|falcon|gpt-bigcode|modernbert|wav2vec2|paligemma))")
 
 # Linears that stay as they are: output heads, routers, and beside a language model its encoders.
-HEADS = re.compile(r"(^|\.)(lm_head|score|classifier|proj_out|embed_out|vocab_projector)(\.out_proj)?$|\.decoder$")
+HEADS = re.compile(
+    r"(^|\.)(lm_head|generator_lm_head|score|classifier|proj_out|embed_out|vocab_projector)(\.out_proj)?$"
+    r"|(^|\.)decoder$"
+)
 ROUTERS = re.compile(r"\.(gate|router|shared_expert_gate)$")
 TOWERS = re.compile(r"(^|\.)(vision_tower|visual|multi_modal_projector)\.")
 
@@ -131,7 +134,8 @@ def load(kind, directory, **options):
 
 def outputs(model, fed):
     """Every floating-point output but caches, as one vector."""
-    model = model.float()
+    # In full precision, whatever the quantized model says to it.
+    torch.nn.Module.float(model)
     with torch.no_grad():
         found = model(**fed, return_dict=True)
     flat = [
