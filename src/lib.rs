@@ -13,11 +13,16 @@
 //! - [`mod@format`]: how a quantized checkpoint is written down.
 //! - [`view`]: the virtual checkpoint, its tree and `read_at`.
 //! - [`export`]: a view written to disk.
+//! - [`fuse`], [`mount`]: kernel requests to view calls; a mount's life.
+//! - [`cli`]: the command line.
 
+pub mod cli;
 pub mod dtype;
 pub mod error;
 pub mod export;
 pub mod format;
+pub mod fuse;
+pub mod mount;
 pub mod quant;
 pub mod recipe;
 pub mod source;
