@@ -9,11 +9,11 @@ use std::sync::{Arc, OnceLock};
 use std::time::SystemTime;
 
 use lru::LruCache;
-use memmap2::Mmap;
+use memmap2::{Mmap, MmapOptions};
 use parking_lot::Mutex;
 
 use super::guard::Watch;
-use crate::error::{self, Error, Result};
+use crate::error::{self, Error, ErrorKind, Result};
 
 /// One file as it was when it was first opened.
 #[derive(Debug)]
@@ -226,17 +226,14 @@ impl OpenFile {
         if let Some(mapped) = self.map.get() {
             return Ok(&mapped.map);
         }
-        let map = map(&self.file)
-            .map_err(|cause| Error::io(format_args!("map {}", self.source.name()), cause))?;
-        let watch = Watch::new(&map);
-        Ok(&self.map.get_or_init(|| Mapped { watch, map }).map)
+        let at = |cause| Error::io(format_args!("map {}", self.source.name()), cause);
+        let map = map(&self.file, self.source.len() as usize).map_err(at)?;
+        let mapped = Mapped { watch: Watch::new(&map).map_err(at)?, map };
+        Ok(&self.map.get_or_init(|| mapped).map)
     }
 
     /// Fails where the file has been truncated, written, replaced or deleted since it was opened.
     fn verify(&self) -> Result<()> {
-        if self.map.get().is_some_and(|mapped| mapped.watch.faulted()) {
-            return Err(self.source.stale("truncated"));
-        }
         let metadata =
             self.file.metadata().map_err(|cause| Error::io(self.source.name(), cause))?;
         if metadata.nlink() == 0 {
@@ -248,16 +245,22 @@ impl OpenFile {
         if Identity::of(&metadata) != self.source.identity {
             return Err(self.source.stale("changed"));
         }
+        if self.map.get().is_some_and(|mapped| mapped.watch.faulted()) {
+            let message = format!("{}: a page of it could not be read", self.source.name);
+            return Err(Error::new(ErrorKind::Io, message));
+        }
         Ok(())
     }
 }
 
 #[expect(unsafe_code, reason = "a map is only as constant as its file")]
-fn map(file: &File) -> std::io::Result<Mmap> {
+pub(super) fn map(file: &File, len: usize) -> std::io::Result<Mmap> {
+    // Of the length that was noted: the file may have shrunk since, and a slice of a shorter map
+    // would panic where a fault is caught.
     // SAFETY: the map is read through `with_bytes` alone, as bytes, which have no invalid values;
     // a file that shrinks is caught by `Watch`, one that changes by `verify`, and either way what
     // was read is thrown away.
-    unsafe { Mmap::map(file) }
+    unsafe { MmapOptions::new().len(len).map(file) }
 }
 
 #[expect(unsafe_code, reason = "MADV_DONTNEED discards what a private map has written")]
