@@ -1,4 +1,4 @@
-//! How a weight is cut into chunks, and the bytes of each part a chunk makes.
+//! How a weight is cut into chunks, and the bytes that each makes.
 
 use std::ops::Range;
 

@@ -14,7 +14,7 @@ use serde_json::Value;
 /// Why a tensor is kept as it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
-pub enum Reason {
+pub(super) enum Reason {
     /// Not a floating-point tensor.
     NotFloat,
     /// A bias, a norm, a convolution, a table of parameters: whatever is not a `weight` of rank 2.
@@ -43,7 +43,7 @@ pub enum Reason {
 
 impl Reason {
     /// The reason in a few words.
-    pub fn as_str(self) -> &'static str {
+    pub(super) fn as_str(self) -> &'static str {
         match self {
             Self::NotFloat => "not floating point",
             Self::NotAMatrix => "not a matrix of weights",
@@ -61,6 +61,13 @@ impl Reason {
     }
 }
 
+impl Reason {
+    /// Whether naming the module in `--only` quantizes it after all.
+    pub(super) fn is_opt_in(self) -> bool {
+        matches!(self, Self::VisionTower | Self::AudioTower | Self::Projector)
+    }
+}
+
 impl std::fmt::Display for Reason {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(self.as_str())
@@ -69,7 +76,7 @@ impl std::fmt::Display for Reason {
 
 /// What a tensor is to a loader that replaces Linears.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Kind {
+pub(super) enum Kind {
     /// Provably the weight of a Linear, `[out, in]`: to be quantized.
     Linear,
     /// Provably the weight of a Linear, kept because of the part it plays. It can be opted in, and
@@ -84,12 +91,12 @@ pub enum Kind {
 impl Kind {
     /// Whether the loader may have a Linear here, so that keeping the tensor means naming its module
     /// in `ignore`.
-    pub fn may_be_linear(self) -> bool {
+    pub(super) fn may_be_linear(self) -> bool {
         !matches!(self, Self::Other(_))
     }
 
     /// Why the tensor is kept; `None` for a Linear.
-    pub fn reason(self) -> Option<Reason> {
+    pub(super) fn reason(self) -> Option<Reason> {
         match self {
             Self::Linear => None,
             Self::Spared(reason) | Self::Doubtful(reason) | Self::Other(reason) => Some(reason),
@@ -99,21 +106,37 @@ impl Kind {
 
 /// One tensor, as far as this module needs to know it.
 #[derive(Clone, Copy, Debug)]
-pub struct Entry<'a> {
+pub(super) struct Entry<'a> {
     /// Its full name.
-    pub name: &'a str,
+    pub(super) name: &'a str,
     /// Its shape, outermost dimension first.
-    pub shape: &'a [u64],
+    pub(super) shape: &'a [u64],
     /// Whether its elements are floating-point numbers of 16 bits or more.
-    pub is_float: bool,
+    pub(super) is_float: bool,
 }
 
 /// The kind of every tensor of a checkpoint, in the order given. `config` is the parsed
 /// `config.json`, where there is one.
-pub fn classify(tensors: &[Entry<'_>], config: Option<&Value>) -> Vec<Kind> {
+pub(super) fn classify(tensors: &[Entry<'_>], config: Option<&Value>) -> Vec<Kind> {
     let evidence = Evidence::gather(tensors, config);
     let mut parts = HashMap::new();
     tensors.iter().map(|tensor| evidence.kind(tensor, &mut parts)).collect()
+}
+
+/// The group of modules that engines fuse into one weight, as parent and family: all members of
+/// a group share one scheme.
+pub(super) fn fused_group(module: &str) -> Option<(&str, &'static str)> {
+    let (parent, leaf) = split_last(module);
+    let family = match leaf {
+        "q_proj" | "k_proj" | "v_proj" | "query" | "key" | "value" | "wq" | "wk" | "wv" | "q"
+        | "k" | "v" | "q_lin" | "k_lin" | "v_lin" => "qkv",
+        "gate_proj" | "up_proj" | "w1" | "w3" => "gate_up",
+        "q_a_proj" | "kv_a_proj_with_mqa" => "qkv_a",
+        "in_proj_qkv" | "in_proj_z" => "in_proj_qkvz",
+        "in_proj_a" | "in_proj_b" => "in_proj_ba",
+        _ => return None,
+    };
+    Some((parent, family))
 }
 
 /// What the whole catalog and the config say, gathered before any tensor is judged.
@@ -186,7 +209,7 @@ impl<'a> Evidence<'a> {
             self.fused_attention.insert(module);
         } else if parameter.starts_with("logit_scale") || parameter.starts_with("logit_bias") {
             self.contrastive |= tensor.shape.iter().product::<u64>() == 1;
-        } else if tensor.shape.len() == 2 && is_token_table(split_last(module).1) {
+        } else if tensor.shape.len() == 2 && is_vocabulary(split_last(module).1) {
             self.token_tables.push(module);
         }
         // Only up to the first numbered block: beyond it every path repeats.
@@ -198,7 +221,7 @@ impl<'a> Evidence<'a> {
                     self.mixtures.insert(parent);
                     break;
                 }
-                "language_model" | "text_model" | "llm" => {
+                "language_model" | "llm" => {
                     self.language_parents.insert(parent);
                 }
                 _ => {}
@@ -215,7 +238,7 @@ impl<'a> Evidence<'a> {
     }
 
     fn kind(&self, tensor: &Entry<'a>, parts: &mut HashMap<&'a str, Option<Reason>>) -> Kind {
-        let [rows, _] = *tensor.shape else { return Kind::Other(Reason::NotAMatrix) };
+        let [rows, columns] = *tensor.shape else { return Kind::Other(Reason::NotAMatrix) };
         if !tensor.is_float {
             return Kind::Other(Reason::NotFloat);
         }
@@ -223,18 +246,21 @@ impl<'a> Evidence<'a> {
             return Kind::Other(Reason::NotAMatrix);
         };
         let kind = self.nature(tensor, module);
-        if kind != Kind::Linear {
+        if matches!(kind, Kind::Other(_)) {
             return kind;
         }
         let block = before_number(module);
         let part = *parts.entry(block).or_insert_with(|| self.part(block));
-        if let Some(reason) = part {
-            return Kind::Spared(reason);
+        match (kind, part) {
+            (Kind::Linear, Some(reason)) => return Kind::Spared(reason),
+            (Kind::Doubtful(_), Some(reason)) => return Kind::Doubtful(reason),
+            (Kind::Linear, None) => {}
+            _ => return kind,
         }
         if is_router(module) {
             return Kind::Spared(Reason::Router);
         }
-        if self.is_output_head(module, rows) {
+        if self.is_output_head(module, rows, columns) {
             return Kind::Spared(Reason::OutputHead);
         }
         Kind::Linear
@@ -267,7 +293,7 @@ impl<'a> Evidence<'a> {
             Some(_) => Kind::Doubtful(Reason::Unproven),
             None if HEADS.contains(&leaf) => Kind::Linear,
             None if is_token_table(leaf) => Kind::Other(Reason::Embedding),
-            None if is_table(leaf) || is_table(split_last(parent).1) && !is_projection(leaf) => {
+            None if is_table(leaf) || is_embedding(parent) && !is_projection(leaf) => {
                 Kind::Doubtful(Reason::Embedding)
             }
             None if is_linear_name(parent, leaf) => Kind::Linear,
@@ -305,19 +331,18 @@ impl<'a> Evidence<'a> {
         None
     }
 
-    fn is_output_head(&self, module: &str, rows: u64) -> bool {
+    fn is_output_head(&self, module: &str, rows: u64, columns: u64) -> bool {
         let (parent, leaf) = split_last(module);
+        if before_number(parent).len() != parent.len() {
+            return false;
+        }
         let name = if is_number(leaf) { split_last(parent).1 } else { leaf };
-        if HEADS.contains(&name) && before_number(parent).len() == parent.len() {
+        if HEADS.contains(&name) || rows != columns && self.vocabularies.contains(&rows) {
             return true;
         }
         // Inside a head, the layer that makes the scores.
-        if !matches!(leaf, "out_proj" | "decoder" | "out" | "proj" | "output") && !is_number(leaf) {
-            return false;
-        }
-        let in_head = parent.split('.').any(|component| HEADS.contains(&component));
-        in_head && before_number(parent).len() == parent.len()
-            || leaf == "decoder" && self.vocabularies.contains(&rows)
+        (is_number(leaf) || matches!(leaf, "out_proj" | "decoder" | "out" | "proj" | "output"))
+            && parent.split('.').any(|component| HEADS.contains(&component))
     }
 }
 
@@ -326,6 +351,11 @@ struct Sense;
 
 impl Sense {
     fn of(component: &str) -> Option<Reason> {
+        match component {
+            "mlp_AR" => return Some(Reason::Projector),
+            "sam_model" => return Some(Reason::VisionTower),
+            _ => {}
+        }
         let mut found = None;
         for word in words(component) {
             match word {
@@ -422,6 +452,13 @@ fn is_rearranged(model_type: &str, module: &str, leaf: &str) -> bool {
     }
 }
 
+/// Whether a rearranged module becomes the projections of an attention, rather than those of a
+/// feed-forward block.
+pub(super) fn splits_attention(module: &str) -> bool {
+    let leaf = split_last(module).1;
+    leaf.contains("qkv") || leaf.contains("att") || matches!(leaf, "in_proj" | "wq" | "wk")
+}
+
 /// The part of a name before its last dot, and the one after it.
 fn split_last(name: &str) -> (&str, &str) {
     name.rsplit_once('.').unwrap_or(("", name))
@@ -452,6 +489,24 @@ fn words(component: &str) -> impl Iterator<Item = &str> {
     component.split('_').map(|word| word.trim_end_matches(|c: char| c.is_ascii_digit()))
 }
 
+/// A table of tokens as language models call it. The text side of a contrastive or a segmenting
+/// model says `token_embedding`, and makes no tower of the other side.
+fn is_vocabulary(leaf: &str) -> bool {
+    matches!(
+        leaf,
+        "embed_tokens"
+            | "wte"
+            | "word_embeddings"
+            | "word_embedding"
+            | "tok_embeddings"
+            | "tokens_embed"
+            | "shared"
+            | "embed_in"
+            | "embedding"
+            | "embeddings"
+    )
+}
+
 /// A table of tokens or of their positions, under a name that only tables have.
 fn is_token_table(leaf: &str) -> bool {
     matches!(
@@ -477,6 +532,11 @@ fn is_token_table(leaf: &str) -> bool {
             | "embeddings"
             | "relative_attention_bias"
     )
+}
+
+/// A module whose name says that it embeds, so that an unusual name inside proves nothing.
+fn is_embedding(module: &str) -> bool {
+    words(split_last(module).1).any(|word| word.starts_with("embed"))
 }
 
 /// A word that says that something is multiplied, whatever else is in the name.
@@ -614,22 +674,10 @@ fn is_linear_word(word: &str) -> bool {
         "score",
         "classifier",
         "unembed",
+        "preact",
         "reduction",
         "receptance",
         "adapter",
     ];
     WORDS.contains(&word)
-}
-pub(super) const LOADER_HEADS: &[&str] = &["lm_head"];
-pub(super) fn fused_group(module: &str) -> Option<(&str, &str)> {
-    let _ = module;
-    None
-}
-pub(super) fn loader_names(_m: &str, _c: Option<&Value>) -> Vec<String> {
-    Vec::new()
-}
-impl Reason {
-    pub fn is_opt_in(self) -> bool {
-        matches!(self, Self::VisionTower | Self::AudioTower | Self::Projector)
-    }
 }

@@ -1,11 +1,12 @@
 //! Which module is quantized how, and why.
 
+mod ignore;
 mod linear;
 mod pattern;
 mod quantized;
 
 use std::borrow::Cow;
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 
 use serde_json::Value;
 
@@ -13,6 +14,7 @@ use crate::dtype::Dtype;
 use crate::error::Result;
 use crate::quant::{Granularity, Quality, Scheme};
 use crate::source::{Catalog, Tensor, TensorId};
+use ignore::KeptModule;
 use linear::Kind;
 use pattern::Patterns;
 
@@ -119,7 +121,7 @@ impl Assignment {
         } else if config.is_none() {
             warnings.push("no config.json, so nothing declares the quantization".to_owned());
         }
-        let ignore = ignored(catalog, &decisions, config);
+        let ignore = ignored(catalog, &kinds, &decisions);
         Ok(Self { decisions, ignore, warnings })
     }
 
@@ -131,7 +133,7 @@ impl Assignment {
     }
 
     /// The modules that a loader must leave alone although it has a Linear there, by every name
-    /// that a loader may know them by; sorted.
+    /// that a loader may know them by, then patterns.
     pub fn ignore(&self) -> &[String] {
         &self.ignore
     }
@@ -215,22 +217,16 @@ fn keep_fused_together(catalog: &Catalog, decisions: &mut [Decision]) {
 
 /// Every kept Linear by its own name and by those that loaders know it by, and the heads that a
 /// loader may make although the checkpoint has none.
-fn ignored(catalog: &Catalog, decisions: &[Decision], config: Option<&Value>) -> Vec<String> {
-    let mut quantized = HashSet::new();
+fn ignored(catalog: &Catalog, kinds: &[Kind], decisions: &[Decision]) -> Vec<String> {
+    let mut quantized = Vec::new();
     let mut kept = Vec::new();
-    for (tensor, decision) in catalog.tensors().iter().zip(decisions) {
-        let module = module_of(&tensor.name);
+    for ((tensor, kind), decision) in catalog.tensors().iter().zip(kinds).zip(decisions) {
+        let name = module_of(&tensor.name);
         match decision {
-            Decision::Quantize(_) => drop(quantized.insert(module)),
-            Decision::Keep { linear: true, .. } => kept.push(module),
+            Decision::Quantize(_) => quantized.push(name),
+            Decision::Keep { linear: true, .. } => kept.push(KeptModule { name, kind: *kind }),
             Decision::Keep { .. } => {}
         }
     }
-    let mut names: Vec<String> = kept.iter().map(|module| (*module).to_owned()).collect();
-    names.extend(kept.iter().flat_map(|module| linear::loader_names(module, config)));
-    names.extend(linear::LOADER_HEADS.iter().map(|head| (*head).to_owned()));
-    names.retain(|name| !quantized.contains(name.as_str()));
-    names.sort_unstable();
-    names.dedup();
-    names
+    ignore::ignore(&kept, &quantized)
 }

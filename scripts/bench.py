@@ -1,0 +1,208 @@
+#!/usr/bin/env python3
+"""Measures a mount: time to mount, rate of cold sequential reads, peak private memory.
+
+    scripts/bench.py [--gib 10] [--rounds 5] [--dir DIR] [MEASUREMENT ...]
+
+Measurements: mount (200 shards, 100,000 tensors, sparse), read (int4 at reference and search
+quality against the same files shown as they are, in turn, each on a fresh mount, the source in the
+page cache), memory (a model of --gib GiB read through once). All of them if none is named. Prints a
+Markdown table. Needs a release build, root or a usable /dev/fuse, and nothing but Python.
+"""
+
+import argparse
+import json
+import mmap
+import os
+import pathlib
+import shutil
+import statistics
+import struct
+import subprocess
+import tempfile
+import threading
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+BIN = ROOT / "target/release/aq-fs"
+TOY = ROOT / "target/release/examples/toy_checkpoint"
+CHUNK = 1 << 20
+
+
+def shards(directory):
+    return sorted(directory.glob("*.safetensors"))
+
+
+def read_all(directory, how):
+    """Every byte of every shard, in order; the number of bytes."""
+    total = 0
+    buffer = bytearray(CHUNK)
+    for path in shards(directory):
+        fd = os.open(path, os.O_RDONLY)
+        size = os.fstat(fd).st_size
+        if how == "read":
+            while got := os.readv(fd, [buffer]):
+                total += got
+        else:
+            with mmap.mmap(fd, size, prot=mmap.PROT_READ) as view:
+                for at in range(0, size, CHUNK):
+                    total += len(view[at : at + CHUNK])
+        os.close(fd)
+    return total
+
+
+class Mount:
+    def __init__(self, model, *flags):
+        self.point = pathlib.Path(tempfile.mkdtemp(prefix="aq-fs-bench-"))
+        started = time.perf_counter()
+        subprocess.run([BIN, "mount", model, self.point, *flags], check=True)
+        self.seconds = time.perf_counter() - started
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        subprocess.run([BIN, "unmount", self.point], check=True)
+        self.point.rmdir()
+
+    def status(self):
+        command = [BIN, "status", "--json", self.point]
+        return json.loads(subprocess.run(command, check=True, capture_output=True).stdout)[0]
+
+
+def cpu_seconds(pid):
+    fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+class PeakRssAnon(threading.Thread):
+    """Samples the private memory of a process, in bytes."""
+
+    def __init__(self, pid):
+        super().__init__(daemon=True)
+        self.path = pathlib.Path(f"/proc/{pid}/status")
+        self.peak = 0
+        self.stop = threading.Event()
+
+    def run(self):
+        while not self.stop.wait(0.005):
+            for line in self.path.read_text().splitlines():
+                if line.startswith("RssAnon:"):
+                    self.peak = max(self.peak, int(line.split()[1]) << 10)
+
+
+def sparse_model(directory, shard_count=200, tensor_count=100_000):
+    """Headers of so many weights of [512, 512], over holes."""
+    per_shard = tensor_count // shard_count
+    weight_map = {}
+    for s in range(shard_count):
+        name = f"model-{s + 1:05}-of-{shard_count:05}.safetensors"
+        header, offset = {"__metadata__": {"format": "pt"}}, 0
+        for t in range(per_shard):
+            i = s * per_shard + t
+            tensor = f"model.layers.{i // 700}.mlp.experts.{i % 700 // 3}.{('gate', 'up', 'down')[i % 3]}_proj.weight"
+            header[tensor] = {"dtype": "BF16", "shape": [512, 512], "data_offsets": [offset, offset + (1 << 19)]}
+            weight_map[tensor] = name
+            offset += 1 << 19
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        with open(directory / name, "wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            file.truncate(8 + len(text) + offset)
+    index = {"metadata": {"total_size": tensor_count << 19}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    (directory / "config.json").write_text('{"model_type": "deepseek_v3"}')
+
+
+def measure_mount(work, options):
+    model = work / "sparse"
+    model.mkdir()
+    sparse_model(model)
+    seconds, floor = [], []
+    for _ in range(options.rounds):
+        with Mount(model) as mount:
+            started = time.perf_counter()
+            listed = sum(path.stat().st_size for path in mount.point.iterdir())
+            seconds.append(mount.seconds + time.perf_counter() - started)
+        started = time.perf_counter()
+        for path in shards(model):
+            with open(path, "rb") as file:
+                (length,) = struct.unpack("<Q", file.read(8))
+                json.loads(file.read(length))
+        floor.append(time.perf_counter() - started)
+    shutil.rmtree(model)
+    yield (
+        "mount and `ls -l`, 200 shards, 100,000 tensors",
+        f"{statistics.median(seconds):.2f} s",
+        f"{statistics.median(floor):.2f} s for Python's json on the same headers",
+    )
+
+
+def measure_read(work, options):
+    model = work / "model"
+    subprocess.run([TOY, model, "--gib", str(min(options.gib, 4))], check=True)
+    read_all(model, "read")
+    views = {
+        "as it is (dense)": ["--format", "dense"],
+        "int4, reference": ["--bits", "4", "--quality", "reference"],
+        "int4, search": ["--bits", "4"],
+    }
+    for how in ("read", "mmap"):
+        rates = {name: [] for name in views}
+        cpu = {name: [] for name in views}
+        for _ in range(options.rounds):
+            for name, flags in views.items():
+                with Mount(model, *flags) as mount:
+                    pid = mount.status()["pid"]
+                    before, started = cpu_seconds(pid), time.perf_counter()
+                    size = read_all(mount.point, how)
+                    rates[name].append(size / (time.perf_counter() - started) / 1e9)
+                    cpu[name].append((cpu_seconds(pid) - before) / size * 1e9)
+        base = rates["as it is (dense)"]
+        for name in views:
+            ratios = [a / b for a, b in zip(rates[name], base)]
+            yield (
+                f"{how}, {name}",
+                f"{statistics.median(rates[name]):.2f} GB/s of output, "
+                f"{statistics.median(cpu[name]):.2f} CPU-s/GB in the daemon",
+                f"{statistics.median(ratios):.2f} of dense in the same round",
+            )
+    shutil.rmtree(model)
+
+
+def measure_memory(work, options):
+    model = work / "large"
+    subprocess.run([TOY, model, "--gib", str(options.gib)], check=True)
+    for cache in (64, 256):
+        with Mount(model, "--bits", "4", "--quality", "reference", "--cache-size", f"{cache}M") as mount:
+            peak = PeakRssAnon(mount.status()["pid"])
+            peak.start()
+            size = read_all(mount.point, "mmap")
+            peak.stop.set()
+            peak.join()
+        yield (
+            f"peak RssAnon, {options.gib} GiB of source read through, --cache-size {cache}M",
+            f"{peak.peak / (1 << 20):.0f} MiB",
+            f"promised {cache + 64} MiB; {size / 1e9:.1f} GB of output",
+        )
+    shutil.rmtree(model)
+
+
+MEASUREMENTS = {"mount": measure_mount, "read": measure_read, "memory": measure_memory}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("measurements", nargs="*", default=list(MEASUREMENTS))
+    parser.add_argument("--gib", type=float, default=10)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dir", help="where to put the models that are made")
+    options = parser.parse_args()
+    print("| what | median | against |\n|---|---|---|")
+    for name in options.measurements:
+        with tempfile.TemporaryDirectory(dir=options.dir) as work:
+            for row in MEASUREMENTS[name](pathlib.Path(work), options):
+                print("| " + " | ".join(row) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
