@@ -430,11 +430,7 @@ mod tests {
             // SAFETY: `_exit` is async-signal-safe.
             unsafe { libc::_exit(42) };
         }
-        extern "C" fn leave_with_address(
-            _: c_int,
-            info: *mut libc::siginfo_t,
-            _: *mut c_void,
-        ) {
+        extern "C" fn leave_with_address(_: c_int, info: *mut libc::siginfo_t, _: *mut c_void) {
             // SAFETY: the kernel passes a valid one.
             let is_set = unsafe { !(*info).si_addr().is_null() };
             // SAFETY: as above.
