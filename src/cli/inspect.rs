@@ -81,7 +81,9 @@ fn rows(model: &Model) -> impl Iterator<Item = (&Tensor, Vec<&Item>, &Decision)>
     let catalog = model.checkpoint().catalog();
     let assignment = &model.plan().assignment;
     let tensors = catalog.tensors().iter().enumerate();
-    tensors.zip(model.items_by_tensor()).map(|((id, tensor), items)| (tensor, items, &assignment[id]))
+    tensors
+        .zip(model.items_by_tensor())
+        .map(|((id, tensor), items)| (tensor, items, &assignment[id]))
 }
 
 fn shown_len(model: &Model, items: &[&Item]) -> u64 {

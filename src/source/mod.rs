@@ -5,6 +5,7 @@
 //! Nothing here knows about quantization formats, views or mounts, and nothing here ever writes.
 
 mod catalog;
+mod elements;
 mod file;
 mod guard;
 mod header;
@@ -16,6 +17,7 @@ use std::sync::Arc;
 use serde_json::{Map, Value};
 
 pub use catalog::{Catalog, Decoder, Extent, Tensor, TensorId};
+pub use elements::{DecodeF32, ELEMENTS_ALIGN, f32_decoder};
 pub use file::{SourceFile, SourceFiles};
 pub use header::{Entry, Header, MAX_HEADER_BYTES};
 pub(crate) use index::is_adapter;
