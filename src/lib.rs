@@ -16,13 +16,18 @@
 //! - [`modality`]: what a checkpoint works on.
 //! - [`adapter`]: the library's way to a checkpoint's tensors, [`ShardedSafeTensorsAdapter`], and
 //!   to those of a quantized one, [`StreamingQuantizer`].
+//! - [`fuse`], [`mount`]: kernel requests to view calls; a mount's life.
+//! - [`cli`]: the command line.
 
 pub mod adapter;
+pub mod cli;
 pub mod dtype;
 pub mod error;
 pub mod export;
 pub mod format;
+pub mod fuse;
 pub mod modality;
+pub mod mount;
 pub mod quant;
 pub mod recipe;
 pub mod source;

@@ -20,11 +20,11 @@
 
 use serde_json::{Value, json};
 
-use super::{Content, Format, Item, Plan};
+use super::{Format, Plan};
 use crate::dtype::Dtype;
 use crate::error::{self, Result};
 use crate::quant::{Granularity, IntScheme, Packing, Scheme};
-use crate::recipe::{Assignment, Decision, Request, module_of};
+use crate::recipe::{Assignment, Decision, Request};
 use crate::source::Catalog;
 
 /// `compressed-tensors`: pack-quantized, weight-only integers of 2 to 8 bits.
@@ -106,30 +106,20 @@ fn plan(
     let mut plan = Plan::new(assignment, catalog.tensors().len() * 2);
     for (id, tensor) in catalog.tensors().iter().enumerate() {
         let Decision::Quantize(scheme) = plan.assignment[id] else {
-            plan.keep(catalog, id);
+            plan.keep(id);
             continue;
         };
         let Scheme::Int(int) = scheme;
-        let module = module_of(&tensor.name);
-        let codes = match int.packing {
-            Packing::Packed32 => "weight_packed",
-            Packing::Int8 => "weight",
+        let parts: &[&str] = match (int.packing, int.symmetric) {
+            (Packing::Packed32, true) => &["weight_packed", "weight_scale"],
+            (Packing::Packed32, false) => &["weight_packed", "weight_scale", "weight_zero_point"],
+            (Packing::Int8, true) => &["weight", "weight_scale"],
+            (Packing::Int8, false) => &["weight", "weight_scale", "weight_zero_point"],
         };
-        let mut names = vec![format!("{module}.{codes}"), format!("{module}.weight_scale")];
-        if !int.symmetric {
-            names.push(format!("{module}.weight_zero_point"));
-        }
-        plan.encode(catalog, id, scheme, &names);
+        plan.encode(id, scheme, parts);
         if int.packing == Packing::Packed32 {
-            plan.items.push(Item {
-                name: format!("{module}.weight_shape"),
-                dtype: Dtype::I64,
-                shape: vec![2],
-                tensor: id,
-                content: Content::Inline(
-                    tensor.shape.iter().flat_map(|dim| dim.to_le_bytes()).collect(),
-                ),
-            });
+            let bytes: Vec<u8> = tensor.shape.iter().flat_map(|dim| dim.to_le_bytes()).collect();
+            plan.inline(id, "weight_shape", (Dtype::I64, &[2]), bytes);
         }
     }
     if !plan.weights.is_empty() {

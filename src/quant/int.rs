@@ -243,6 +243,12 @@ impl Codes {
         self.high - self.low
     }
 
+    /// The smallest and largest, less a zero point.
+    #[inline(always)]
+    pub(super) fn less(self, zero_point: f32) -> (f32, f32) {
+        (self.low - zero_point, self.high - zero_point)
+    }
+
     #[inline(always)]
     pub(super) fn clamp(self, x: f32) -> f32 {
         let x = if x < self.low { self.low } else { x };

@@ -125,16 +125,9 @@ impl Checkpoint {
                 operands: vec![Extent { shard: position, start: entry.start, len: entry.len }],
             }));
         }
-        let places: Vec<(String, usize)> =
-            tensors.iter().map(|tensor| (tensor.name.clone(), tensor.shard())).collect();
-        let catalog = Catalog::new(tensors).map_err(|(first, second)| {
-            let shard = |id: usize| shards[places[id].1].file.name();
-            error::corrupt(format!(
-                "`{}` stands both in {} and in {}",
-                places[first].0,
-                shard(first),
-                shard(second)
-            ))
+        let catalog = Catalog::new(tensors).map_err(|twins| {
+            let [first, second] = twins.each_ref().map(|twin| shards[twin.shard()].file.name());
+            error::corrupt(format!("`{}` stands both in {first} and in {second}", twins[0].name))
         })?;
         if let Some(index) = &index {
             check_index(index, &catalog)?;
