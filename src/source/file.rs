@@ -259,6 +259,8 @@ impl OpenFile {
 
     /// Fails where the file has been truncated, written, replaced or deleted since it was opened.
     fn verify(&self) -> Result<()> {
+        // Before the file is asked: of a fault the file then tells the cause.
+        let faulted = self.map.get().is_some_and(|mapped| mapped.watch.faulted());
         let metadata =
             self.file.metadata().map_err(|cause| Error::io(self.source.name(), cause))?;
         if metadata.nlink() == 0 {
@@ -270,7 +272,7 @@ impl OpenFile {
         if Identity::of(&metadata) != self.source.identity {
             return Err(self.source.stale("changed"));
         }
-        if self.map.get().is_some_and(|mapped| mapped.watch.faulted()) {
+        if faulted {
             let message = format!("{}: a page of it could not be read", self.source.name);
             return Err(Error::new(ErrorKind::Io, message));
         }
