@@ -34,7 +34,7 @@ impl Format for Dense {
         let mut plan =
             Plan::new(Assignment::keep_all(catalog, "format dense"), catalog.tensors().len());
         for id in 0..catalog.tensors().len() {
-            plan.keep(catalog, id);
+            plan.keep(id);
         }
         Ok(plan)
     }
