@@ -174,8 +174,9 @@ const MODEL_TYPES: &[(Modality, &str)] = &[
 ];
 
 /// Encoders of text: without a head, what they give is an embedding.
-const TEXT_ENCODERS: &str = "albert bert camembert deberta deberta-v2 distilbert electra ernie eurobert gte jina_bert \
-     modernbert mpnet new nomic_bert roberta roberta-prelayernorm xlm-roberta xlm-roberta-xl";
+const TEXT_ENCODERS: &str = "albert bert camembert deberta deberta-v2 distilbert electra ernie \
+    eurobert gte jina_bert modernbert mpnet new nomic_bert roberta \
+    roberta-prelayernorm xlm-roberta xlm-roberta-xl";
 
 /// Entries of a config that make a model one of several modalities. Those of towers that stand
 /// alone have their own entries at the top.
