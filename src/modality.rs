@@ -439,7 +439,10 @@ mod tests {
     #[test]
     fn config_json_tells() {
         let class = |name: &str| json!({ "_class_name": name });
-        let model = |class: &str, model_type: &str| json!({ "architectures": [class], "model_type": model_type });
+        let model = |class: &str, model_type: &str| {
+            let architectures = [class];
+            json!({ "architectures": architectures, "model_type": model_type })
+        };
         let cases = [
             (model("LlamaForCausalLM", "llama"), Modality::Text),
             (model("GPT2LMHeadModel", "gpt2"), Modality::Text),
