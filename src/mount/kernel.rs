@@ -1,4 +1,4 @@
-//! Attaches a file system to a mountpoint, and detaches it: by system call, else by `fusermount3`.
+//! Attaches and detaches a file system: by system call, else by `fusermount3`.
 
 use std::ffi::CString;
 use std::fs::{File, OpenOptions};
