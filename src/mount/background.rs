@@ -1,4 +1,8 @@
-//! Runs a mount in a process of its own, which says when it is ready, or why it isn't.
+<<<<<<< HEAD
+//! A mount in a process of its own, which reports when it is ready.
+=======
+//! Mounts in a process of its own, which reports readiness or failure.
+>>>>>>> mount
 
 use std::ffi::OsString;
 use std::fs::{File, OpenOptions};
@@ -77,7 +81,7 @@ pub fn start(args: impl IntoIterator<Item = OsString>) -> Result<Ready> {
                 match table::pulse(&ready.mountpoint) {
                     Pulse::Silent => {}
                     Pulse::Dead => break,
-                    Pulse::Alive | Pulse::Forbidden => return Ok(ready),
+                    Pulse::Alive => return Ok(ready),
                 }
             }
             let _ = unmount(&ready.mountpoint);
@@ -113,7 +117,7 @@ pub fn daemonize(
         reported = true;
         let told = report(&Report::Ready(ready));
         // Whoever was to wait is gone, and so would nobody know of the mount.
-        told.and_then(|()| detach_stdio(log))
+        told.and_then(|()| let_go(log))
             .map_err(|cause| Error::io("nobody waits for the mount any more", cause))
     });
     if let (false, Err(error)) = (reported, &outcome) {
@@ -131,7 +135,9 @@ fn report(report: &Report) -> std::io::Result<()> {
     out.flush()
 }
 
-fn detach_stdio(log: Option<&File>) -> std::io::Result<()> {
+/// Gives up what the caller lent: its directory, which could not be unmounted, and its terminal.
+fn let_go(log: Option<&File>) -> std::io::Result<()> {
+    std::env::set_current_dir("/")?;
     let null = OpenOptions::new().read(true).write(true).open("/dev/null")?;
     rustix::stdio::dup2_stdout(&null)?;
     rustix::stdio::dup2_stderr(log.unwrap_or(&null))?;

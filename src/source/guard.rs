@@ -4,8 +4,8 @@
 //! SIGBUS in the thread that touches it. A handler, installed once and never removed, asks a
 //! registry whether the address belongs to a watched map. If so it marks that map as faulted, for
 //! good, and backs it with zeros from that page on; the reader goes on, and whoever asks
-//! [`Watch::faulted`] afterwards throws away what it read. Any other SIGBUS goes to the handler that
-//! was there before, so a bug elsewhere still ends the process.
+//! [`Watch::faulted`] afterwards throws away what it read. Any other SIGBUS goes to the handler
+//! that was there before, so a bug elsewhere still ends the process.
 //!
 //! The handler takes no lock and allocates nothing. The registry is a list of blocks of slots that
 //! only ever grows, and each slot is a seqlock. A slot that changes while the handler looks at it
@@ -192,13 +192,13 @@ fn install() -> io::Result<()> {
 /// `rustix` do not go through errno.
 #[expect(unsafe_code, reason = "a signal handler is given raw pointers")]
 extern "C" fn on_sigbus(signal: c_int, info: *mut libc::siginfo_t, context: *mut c_void) {
-    // SAFETY: with SA_SIGINFO the kernel passes a valid `siginfo_t`.
-    let code = unsafe { (*info).si_code };
+    // SAFETY: with SA_SIGINFO the kernel passes a valid `siginfo_t`, which nobody else knows.
+    let fault = unsafe { &*info };
     // A code above zero comes from the kernel, and a fault's carries its address. What another
     // process sends carries its process id in the same place.
-    if code > 0 {
+    if fault.si_code > 0 {
         // SAFETY: for SIGBUS from the kernel `si_addr` is the member of the union that is set.
-        let address = unsafe { (*info).si_addr() }.addr();
+        let address = unsafe { fault.si_addr() }.addr();
         if absorb(address) {
             return;
         }
@@ -229,10 +229,10 @@ fn absorb(address: usize) -> bool {
 fn map_zeros(page: usize, len: usize) -> bool {
     let page = ptr::with_exposed_provenance_mut(page);
     let flags = MapFlags::FIXED | MapFlags::PRIVATE | MapFlags::NORESERVE;
-    // SAFETY: the pages are those of a live read-only map, whose faulting reader keeps it from being
-    // unmapped; unmapping it later takes the new pages with it. Bytes of the map may change under
-    // its readers at any time anyway, since it is a file's, and those who read through it check
-    // the mark before they make use of what they read.
+    // SAFETY: the pages are those of a live read-only map, whose faulting reader keeps it from
+    // being unmapped; unmapping it later takes the new pages with it. Bytes of the map may change
+    // under its readers at any time anyway, since it is a file's, and those who read through it
+    // check the mark before they make use of what they read.
     unsafe { mmap_anonymous(page, len, ProtFlags::READ, flags) }.is_ok()
 }
 
@@ -432,9 +432,11 @@ mod tests {
         }
         extern "C" fn leave_with_address(_: c_int, info: *mut libc::siginfo_t, _: *mut c_void) {
             // SAFETY: the kernel passes a valid one.
-            let is_set = unsafe { !(*info).si_addr().is_null() };
-            // SAFETY: as above.
-            unsafe { libc::_exit(if is_set { 43 } else { 1 }) };
+            let fault = unsafe { &*info };
+            // SAFETY: a fault has an address.
+            let address = unsafe { fault.si_addr() };
+            // SAFETY: `_exit` is async-signal-safe.
+            unsafe { libc::_exit(if address.is_null() { 1 } else { 43 }) };
         }
         let name = "the_previous_handler_hears_of_other_faults";
         let Some(kind) = std::env::var_os(IN_CHILD) else {
