@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-//! A mount in a process of its own, which reports when it is ready.
-=======
 //! Mounts in a process of its own, which reports readiness or failure.
->>>>>>> mount
 
 use std::ffi::OsString;
 use std::fs::{File, OpenOptions};

@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-//! Attaches a file system to a mountpoint, and detaches it.
-=======
 //! Attaches and detaches a file system: by system call, else by `fusermount3`.
->>>>>>> mount
 
 use std::ffi::CString;
 use std::fs::{File, OpenOptions};

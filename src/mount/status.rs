@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-//! What mounts are doing: each daemon says so over a Unix socket.
-=======
 //! What each mount is doing, as its daemon says over a Unix socket.
->>>>>>> mount
 
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
