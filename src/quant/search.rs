@@ -4,10 +4,10 @@ use super::int::{Codes, Fit, MODERATE, codes, fit};
 use super::tile::Element;
 
 /// Sums run over this many lanes, whatever the instruction set.
-const LANES: usize = 16;
+pub(super) const LANES: usize = 16;
 
 /// Candidates that are measured in one pass over a group.
-const BATCH: usize = 4;
+pub(super) const BATCH: usize = 4;
 
 /// The search for one group's scale and zero point, with its memory.
 #[derive(Debug)]
@@ -65,16 +65,6 @@ impl Search {
         Fit { scale: best.scale * unit, zero_point: best.zero_point }
     }
 
-    fn table(&self) -> &'static [f32; 8] {
-        match self.range.high as u32 {
-            1 => &[0.35, 0.43, 0.51, 0.6, 0.69, 0.78, 0.88, 1.0],
-            3 => &[0.5, 0.57, 0.64, 0.71, 0.78, 0.85, 0.93, 1.01],
-            7 => &[0.62, 0.68, 0.74, 0.8, 0.86, 0.91, 0.96, 1.01],
-            15 => &[0.80, 0.83, 0.86, 0.89, 0.92, 0.95, 0.98, 1.01],
-            _ => &[0.94, 0.95, 0.96, 0.97, 0.98, 0.99, 1.0, 1.01],
-        }
-    }
-
     #[inline(always)]
     fn choice(&self, p: f32, min: f32, max: f32) -> Choice {
         if self.symmetric {
@@ -92,7 +82,7 @@ impl Search {
     #[inline(always)]
     fn coarse(&self, min: f32, max: f32) -> (Choice, f32) {
         let mut best = (Choice { scale: 1.0, zero_point: 0.0 }, -1.0);
-        for ps in self.table().as_chunks::<BATCH>().0 {
+        for ps in shrinks(self.range.bits()).as_chunks::<BATCH>().0 {
             let choices = ps.map(|p| self.choice(p, min, max));
             best = self.better(best, choices);
         }
@@ -173,14 +163,26 @@ impl Search {
     }
 }
 
+/// Parts of a group's range that are tried for the codes of so many bits.
+#[inline(always)]
+pub(super) fn shrinks(bits: u8) -> &'static [f32; 8] {
+    match bits {
+        2 => &[0.35, 0.43, 0.51, 0.6, 0.69, 0.78, 0.88, 1.0],
+        3 => &[0.5, 0.57, 0.64, 0.71, 0.78, 0.85, 0.93, 1.01],
+        4 => &[0.62, 0.68, 0.74, 0.8, 0.86, 0.91, 0.96, 1.01],
+        5 => &[0.80, 0.83, 0.86, 0.89, 0.92, 0.95, 0.98, 1.01],
+        _ => &[0.94, 0.95, 0.96, 0.97, 0.98, 0.99, 1.0, 1.01],
+    }
+}
+
 /// The nearest integer, ties to even, for magnitudes below 2^22.
 #[inline(always)]
-fn round(x: f32) -> f32 {
+pub(super) fn round(x: f32) -> f32 {
     (x + 12_582_912.0) - 12_582_912.0
 }
 
 #[inline(always)]
-fn clamp(x: f32, low: f32, high: f32) -> f32 {
+pub(super) fn clamp(x: f32, low: f32, high: f32) -> f32 {
     let x = if x < low { low } else { x };
     if x > high { high } else { x }
 }
@@ -220,7 +222,7 @@ fn errors(group: &[[f32; LANES]], batch: &Batch) -> [f32; BATCH] {
 
 /// The sum of the lanes, halves onto one another.
 #[inline(always)]
-fn sum(mut lanes: [f32; LANES]) -> f32 {
+pub(super) fn sum(mut lanes: [f32; LANES]) -> f32 {
     let mut width = LANES / 2;
     while width > 0 {
         for i in 0..width {
