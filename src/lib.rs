@@ -13,12 +13,26 @@
 //! - [`mod@format`]: how a quantized checkpoint is written down.
 //! - [`view`]: the virtual checkpoint, its tree and `read_at`.
 //! - [`export`]: a view written to disk.
+//! - [`modality`]: what a checkpoint works on.
+//! - [`adapter`]: the library's way to a checkpoint's tensors, [`ShardedSafeTensorsAdapter`], and
+//!   to those of a quantized one, [`StreamingQuantizer`].
+//! - [`fuse`], [`mount`]: kernel requests to view calls; a mount's life.
+//! - [`cli`]: the command line.
 
+pub mod adapter;
+pub mod cli;
 pub mod dtype;
 pub mod error;
 pub mod export;
 pub mod format;
+pub mod fuse;
+pub mod modality;
+pub mod mount;
 pub mod quant;
 pub mod recipe;
 pub mod source;
 pub mod view;
+
+pub use adapter::{ShardedSafeTensorsAdapter, StreamingQuantizer, is_sharded_model};
+pub use modality::{DetectedModality, Modality};
+pub use source::find_index_file;

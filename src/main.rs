@@ -1,3 +1,5 @@
 //! The `aq-fs` program.
 
-fn main() {}
+fn main() -> std::process::ExitCode {
+    aq_fs::cli::run()
+}

@@ -65,7 +65,7 @@ impl Totals {
                 totals.quantized += 1;
                 totals.quantized_elements += tensor.elements();
                 totals.quantized_source += tensor.stored_len();
-                totals.quantized_shown += shown_len(&items);
+                totals.quantized_shown += shown_len(model, &items);
             }
         }
         totals
@@ -81,11 +81,14 @@ fn rows(model: &Model) -> impl Iterator<Item = (&Tensor, Vec<&Item>, &Decision)>
     let catalog = model.checkpoint().catalog();
     let assignment = &model.plan().assignment;
     let tensors = catalog.tensors().iter().enumerate();
-    tensors.zip(model.items_by_tensor()).map(|((id, tensor), items)| (tensor, items, &assignment[id]))
+    tensors
+        .zip(model.items_by_tensor())
+        .map(|((id, tensor), items)| (tensor, items, &assignment[id]))
 }
 
-fn shown_len(items: &[&Item]) -> u64 {
-    items.iter().map(|item| item.byte_len()).sum()
+fn shown_len(model: &Model, items: &[&Item]) -> u64 {
+    let catalog = model.checkpoint().catalog();
+    items.iter().map(|item| model.plan().byte_len(catalog, item)).sum()
 }
 
 /// The place of a model below the view's root, `.` for the root itself.
@@ -159,7 +162,7 @@ fn tensor_table(model: &Model) -> String {
             tensor.dtype.to_string(),
             format!("{:?}", tensor.shape),
             bytes(tensor.stored_len()),
-            bytes(shown_len(&items)),
+            bytes(shown_len(model, &items)),
             match decision {
                 Decision::Quantize(scheme) => scheme.to_string(),
                 Decision::Keep { reason, .. } => format!("kept: {reason}"),
@@ -196,16 +199,18 @@ fn as_json(view: &View) -> Value {
 
 fn model_json(view: &View, model: &Model) -> Value {
     let shards = model.checkpoint().shards();
+    let (plan, catalog) = (model.plan(), model.checkpoint().catalog());
     let tensors: Vec<Value> = rows(model)
         .map(|(tensor, items, decision)| {
             let parts: Vec<Value> = items
                 .iter()
                 .map(|item| {
+                    let (dtype, shape) = plan.type_of(catalog, item);
                     json!({
-                        "name": item.name,
-                        "dtype": item.dtype.to_string(),
-                        "shape": item.shape,
-                        "bytes": item.byte_len(),
+                        "name": plan.name(catalog, item),
+                        "dtype": dtype.to_string(),
+                        "shape": shape,
+                        "bytes": plan.byte_len(catalog, item),
                     })
                 })
                 .collect();
@@ -222,7 +227,7 @@ fn model_json(view: &View, model: &Model) -> Value {
                 "scheme": scheme,
                 "reason": reason,
                 "bytes_before": tensor.stored_len(),
-                "bytes_after": shown_len(&items),
+                "bytes_after": shown_len(model, &items),
                 "shown_as": parts,
             })
         })

@@ -20,11 +20,12 @@
 
 use serde_json::{Value, json};
 
-use super::{Content, Format, Item, Plan};
+use super::takes::{Grain, Takes};
+use super::{Format, Plan};
 use crate::dtype::Dtype;
-use crate::error::{self, Result};
+use crate::error::Result;
 use crate::quant::{Granularity, IntScheme, Packing, Scheme};
-use crate::recipe::{Assignment, Decision, Request, module_of};
+use crate::recipe::{Assignment, Decision, Request};
 use crate::source::Catalog;
 
 /// `compressed-tensors`: pack-quantized, weight-only integers of 2 to 8 bits.
@@ -45,17 +46,17 @@ impl Format for PackQuantized {
     }
 
     fn plan(&self, catalog: &Catalog, config: Option<&Value>, request: &Request) -> Result<Plan> {
-        let bits = request.bits.unwrap_or(4);
-        if !(2..=8).contains(&bits) {
-            return Err(error::invalid(format!("compressed-tensors has 2 to 8 bits, not {bits}")));
-        }
-        let granularity = request.granularity.unwrap_or(Granularity::Group(128));
-        if granularity == Granularity::Group(0) {
-            return Err(error::invalid("a group has at least one weight"));
-        }
+        let takes = Takes {
+            bits: &[2, 3, 4, 5, 6, 7, 8],
+            grain: Grain::Any,
+            symmetry: None,
+            scale_format: false,
+            storage: false,
+        };
+        takes.check(self.name(), request)?;
         let scheme = IntScheme {
-            bits,
-            granularity,
+            bits: request.bits.unwrap_or(4),
+            granularity: request.granularity.unwrap_or(Granularity::Group(128)),
             symmetric: request.symmetric.unwrap_or(true),
             packing: Packing::Packed32,
             quality: request.quality,
@@ -74,17 +75,14 @@ impl Format for IntQuantized {
     }
 
     fn plan(&self, catalog: &Catalog, config: Option<&Value>, request: &Request) -> Result<Plan> {
-        if let Some(bits) = request.bits.filter(|bits| *bits != 8) {
-            return Err(error::invalid(format!("ct-int8 has 8 bits, not {bits}")));
-        }
-        if let Some(Granularity::Group(size)) = request.granularity {
-            return Err(error::invalid(format!(
-                "ct-int8 has one scale per output channel, not per group of {size}"
-            )));
-        }
-        if request.symmetric == Some(false) {
-            return Err(error::invalid("ct-int8 is symmetric"));
-        }
+        let takes = Takes {
+            bits: &[8],
+            grain: Grain::Channel,
+            symmetry: Some(true),
+            scale_format: false,
+            storage: false,
+        };
+        takes.check(self.name(), request)?;
         let scheme = IntScheme {
             bits: 8,
             granularity: Granularity::Channel,
@@ -100,46 +98,33 @@ fn plan(
     catalog: &Catalog,
     config: Option<&Value>,
     request: &Request,
-    scheme: IntScheme,
+    int: IntScheme,
 ) -> Result<Plan> {
-    let assignment = Assignment::new(catalog, config, request, Scheme::Int(scheme))?;
+    let assignment = Assignment::new(catalog, config, request, Scheme::Int(int))?;
     let mut plan = Plan::new(assignment, catalog.tensors().len() * 2);
     for (id, tensor) in catalog.tensors().iter().enumerate() {
         let Decision::Quantize(scheme) = plan.assignment[id] else {
-            plan.keep(catalog, id);
+            plan.keep(id);
             continue;
         };
-        let Scheme::Int(int) = scheme;
-        let module = module_of(&tensor.name);
-        let codes = match int.packing {
-            Packing::Packed32 => "weight_packed",
-            Packing::Int8 => "weight",
+        let parts: &[&str] = match (int.packing, int.symmetric) {
+            (Packing::Packed32, true) => &["weight_packed", "weight_scale"],
+            (Packing::Packed32, false) => &["weight_packed", "weight_scale", "weight_zero_point"],
+            (Packing::Int8, true) => &["weight", "weight_scale"],
+            (Packing::Int8, false) => &["weight", "weight_scale", "weight_zero_point"],
         };
-        let mut names = vec![format!("{module}.{codes}"), format!("{module}.weight_scale")];
-        if !int.symmetric {
-            names.push(format!("{module}.weight_zero_point"));
-        }
-        plan.encode(catalog, id, scheme, &names);
+        plan.encode(id, scheme, parts);
         if int.packing == Packing::Packed32 {
-            plan.items.push(Item {
-                name: format!("{module}.weight_shape"),
-                dtype: Dtype::I64,
-                shape: vec![2],
-                tensor: id,
-                content: Content::Inline(
-                    tensor.shape.iter().flat_map(|dim| dim.to_le_bytes()).collect(),
-                ),
-            });
+            let bytes: Vec<u8> = tensor.shape.iter().flat_map(|dim| dim.to_le_bytes()).collect();
+            plan.inline(id, "weight_shape", (Dtype::I64, &[2]), bytes);
         }
     }
-    if !plan.weights.is_empty() {
-        plan.quantization_config = Some(quantization_config(scheme, plan.assignment.ignore()));
-    }
+    let value = quantization_config(int, plan.assignment.ignore());
+    plan.declare("quantization_config", value);
     Ok(plan)
 }
 
-/// `quantization_config` as compressed-tensors 0.20 writes it, less its null fields: older readers
-/// refuse fields that they don't know.
+/// What `quantization_config` says of integers.
 fn quantization_config(scheme: IntScheme, ignore: &[String]) -> Value {
     let mut weights = json!({
         "num_bits": scheme.bits,
@@ -165,6 +150,17 @@ fn quantization_config(scheme: IntScheme, ignore: &[String]) -> Value {
             }),
         ),
     };
+    declared(format, weights, activations, ignore)
+}
+
+/// `quantization_config` as compressed-tensors 0.20 writes it, less its null fields: older readers
+/// refuse fields that they don't know.
+pub(super) fn declared(
+    format: &str,
+    weights: Value,
+    activations: Value,
+    ignore: &[String],
+) -> Value {
     json!({
         "quant_method": "compressed-tensors",
         "format": format,

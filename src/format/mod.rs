@@ -4,18 +4,25 @@
 //! where their bytes come from, and what `config.json` declares. Planning is pure; no weight is
 //! read.
 
+mod bitsandbytes;
 mod compressed_tensors;
 pub(crate) mod config;
+mod ct_float;
 mod dense;
+mod fp8_block;
+mod mlx;
+mod skip;
+mod takes;
 
+use std::borrow::Cow;
 use std::fmt::Debug;
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::dtype::{self, Dtype};
 use crate::error::{self, Result};
 use crate::quant::Scheme;
-use crate::recipe::{Assignment, Request};
+use crate::recipe::{Assignment, Request, module_of};
 use crate::source::{Catalog, TensorId};
 
 /// One way of writing down a quantized checkpoint.
@@ -35,8 +42,23 @@ pub trait Format: Debug + Sync {
 }
 
 /// Every format, in the order in which they are listed to users.
-pub static FORMATS: &[&dyn Format] =
-    &[&dense::Dense, &compressed_tensors::PackQuantized, &compressed_tensors::IntQuantized];
+pub static FORMATS: &[&dyn Format] = &[
+    &dense::Dense,
+    &compressed_tensors::PackQuantized,
+    &compressed_tensors::IntQuantized,
+    &ct_float::FP8,
+    &ct_float::FP8_BLOCK,
+    &ct_float::MXFP4,
+    &ct_float::MXFP8,
+    &bitsandbytes::NF4,
+    &bitsandbytes::FP4,
+    &bitsandbytes::INT8,
+    &mlx::AFFINE,
+    &mlx::MXFP4,
+    &mlx::MXFP8,
+    &mlx::NVFP4,
+    &fp8_block::Fp8Block,
+];
 
 /// The format of that name.
 ///
@@ -58,9 +80,11 @@ pub struct Plan {
     pub weights: Vec<Weight>,
     /// The tensors shown, in source order, a weight's parts next to each other.
     pub items: Vec<Item>,
-    /// The value of `quantization_config`; `None` where nothing is quantized and `config.json`
-    /// stays as it is.
-    pub quantization_config: Option<Value>,
+    /// Members that `config.json` gets, and which replace its own; none where nothing is quantized
+    /// and it stays as it is.
+    pub config: Map<String, Value>,
+    /// The `format` of every shard's metadata.
+    pub framework: &'static str,
 }
 
 /// A weight that is encoded.
@@ -75,14 +99,10 @@ pub struct Weight {
 /// One tensor that a view shows.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Item {
-    /// Its name.
-    pub name: String,
-    /// Its element type.
-    pub dtype: Dtype,
-    /// Its shape.
-    pub shape: Vec<u64>,
     /// The source tensor that it comes from, and whose shard shows it.
     pub tensor: TensorId,
+    /// What follows its module and a dot in its name; the source tensor's own name where `None`.
+    pub suffix: Option<&'static str>,
     /// Where its bytes come from.
     pub content: Content,
 }
@@ -93,7 +113,14 @@ pub enum Content {
     /// Straight from the source tensor.
     Source,
     /// Small metadata, here.
-    Inline(Box<[u8]>),
+    Inline {
+        /// Its element type.
+        dtype: Dtype,
+        /// Its shape.
+        shape: Box<[u64]>,
+        /// Its bytes.
+        bytes: Box<[u8]>,
+    },
     /// A part of an encoded weight.
     Part {
         /// Position in [`Plan::weights`].
@@ -110,44 +137,71 @@ impl Plan {
             assignment,
             weights: Vec::new(),
             items: Vec::with_capacity(tensors),
-            quantization_config: None,
+            config: Map::new(),
+            framework: "pt",
         }
     }
 
     /// Shows a source tensor as it is.
-    fn keep(&mut self, catalog: &Catalog, id: TensorId) {
-        let tensor = &catalog[id];
-        self.items.push(Item {
-            name: tensor.name.clone(),
-            dtype: tensor.dtype,
-            shape: tensor.shape.clone(),
-            tensor: id,
-            content: Content::Source,
-        });
+    fn keep(&mut self, id: TensorId) {
+        self.items.push(Item { tensor: id, suffix: None, content: Content::Source });
     }
 
-    /// Encodes a source tensor, and shows its parts by the names given, in the scheme's order.
-    fn encode(&mut self, catalog: &Catalog, id: TensorId, scheme: Scheme, names: &[String]) {
-        let tensor = &catalog[id];
+    /// Encodes a source tensor, and shows its parts by the suffixes given, in the scheme's order.
+    fn encode(&mut self, id: TensorId, scheme: Scheme, suffixes: &[&'static str]) {
         let weight = self.weights.len();
         self.weights.push(Weight { tensor: id, scheme });
-        let parts = scheme.parts(tensor.dtype, &tensor.shape);
-        assert_eq!(parts.len(), names.len(), "a name for each part of `{}`", tensor.name);
-        for (part, (spec, name)) in parts.into_iter().zip(names).enumerate() {
-            self.items.push(Item {
-                name: name.clone(),
-                dtype: spec.dtype,
-                shape: spec.shape,
-                tensor: id,
-                content: Content::Part { weight, part },
-            });
+        for (part, suffix) in suffixes.iter().enumerate() {
+            let content = Content::Part { weight, part };
+            self.items.push(Item { tensor: id, suffix: Some(suffix), content });
         }
     }
-}
 
-impl Item {
-    /// Its length in bytes.
-    pub fn byte_len(&self) -> u64 {
-        dtype::byte_len(self.dtype, &self.shape).expect("planned tensors have a size")
+    /// Declares the quantization, if there is any.
+    fn declare(&mut self, member: &str, value: Value) {
+        if !self.weights.is_empty() {
+            self.config.insert(member.to_owned(), value);
+        }
+    }
+
+    /// Shows small metadata of a source tensor's module.
+    fn inline(
+        &mut self,
+        id: TensorId,
+        suffix: &'static str,
+        (dtype, shape): (Dtype, &[u64]),
+        bytes: impl Into<Box<[u8]>>,
+    ) {
+        let content = Content::Inline { dtype, shape: shape.into(), bytes: bytes.into() };
+        self.items.push(Item { tensor: id, suffix: Some(suffix), content });
+    }
+
+    /// The name of an item.
+    pub fn name<'a>(&self, catalog: &'a Catalog, item: &Item) -> Cow<'a, str> {
+        let name = catalog[item.tensor].name.as_str();
+        match item.suffix {
+            None => name.into(),
+            Some(suffix) => format!("{}.{suffix}", module_of(name)).into(),
+        }
+    }
+
+    /// The element type and shape of an item.
+    pub fn type_of<'a>(&self, catalog: &'a Catalog, item: &'a Item) -> (Dtype, Cow<'a, [u64]>) {
+        let tensor = &catalog[item.tensor];
+        match &item.content {
+            Content::Source => (tensor.dtype, tensor.shape.as_slice().into()),
+            Content::Inline { dtype, shape, .. } => (*dtype, (&**shape).into()),
+            Content::Part { weight, part } => {
+                let scheme = self.weights[*weight].scheme;
+                let part = scheme.parts(tensor.dtype, &tensor.shape).swap_remove(*part);
+                (part.dtype, part.shape.into())
+            }
+        }
+    }
+
+    /// The length of an item in bytes.
+    pub fn byte_len(&self, catalog: &Catalog, item: &Item) -> u64 {
+        let (dtype, shape) = self.type_of(catalog, item);
+        dtype::byte_len(dtype, &shape).expect("planned tensors have a size")
     }
 }

@@ -121,7 +121,11 @@ pub(super) fn fit(high: f32, Extremes { min, max }: Extremes) -> Line {
     let step = if step > 1e-7 { step } else { 1e-7 };
     let (edge, step) = if min.abs() > max.abs() { (min, step) } else { (max, -step) };
     let codes = (edge / step).round_ties_even();
-    if codes == 0.0 { Line { scale: step, bias: 0.0 } } else { Line { scale: edge / codes, bias: edge } }
+    if codes == 0.0 {
+        Line { scale: step, bias: 0.0 }
+    } else {
+        Line { scale: edge / codes, bias: edge }
+    }
 }
 
 /// `x` within 0 and `high`, as the nearest integer, ties to even.

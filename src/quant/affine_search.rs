@@ -2,13 +2,28 @@
 
 use super::affine::{Line, code, encode_group, fit};
 use super::int::MODERATE;
-use super::search::{BATCH, LANES, clamp, round, shrinks, sum};
+use super::lanes::{LANES, clamp, round, sum};
 use super::tile::Element;
+
+/// Candidates that are measured in one pass over a group.
+const BATCH: usize = 4;
+
+/// Parts of a group's range that are tried for the codes of so many bits.
+fn shrinks(bits: u8) -> &'static [f32; 8] {
+    match bits {
+        2 => &[0.35, 0.43, 0.51, 0.6, 0.69, 0.78, 0.88, 1.0],
+        3 => &[0.5, 0.57, 0.64, 0.71, 0.78, 0.85, 0.93, 1.01],
+        4 => &[0.62, 0.68, 0.74, 0.8, 0.86, 0.91, 0.96, 1.01],
+        5 => &[0.80, 0.83, 0.86, 0.89, 0.92, 0.95, 0.98, 1.01],
+        _ => &[0.94, 0.95, 0.96, 0.97, 0.98, 0.99, 1.0, 1.01],
+    }
+}
 
 /// The search for one group's scale and bias, with its memory.
 #[derive(Debug)]
 pub(super) struct Search {
-    bits: u8,
+    /// Parts of the group's range that are tried.
+    shrinks: &'static [f32; 8],
     high: f32,
     /// The group in units of a power of two near its largest magnitude.
     group: Vec<[f32; LANES]>,
@@ -18,7 +33,7 @@ impl Search {
     /// For groups of a multiple of `LANES`.
     pub(super) fn new(bits: u8, group: usize) -> Self {
         let high = ((1u32 << bits) - 1) as f32;
-        Self { bits, high, group: vec![[0.0; LANES]; group / LANES] }
+        Self { shrinks: shrinks(bits), high, group: vec![[0.0; LANES]; group / LANES] }
     }
 
     /// Encodes a group into `out`. Scale and bias are values of its type.
@@ -44,8 +59,7 @@ impl Search {
             scale: E::round(line.scale * unit) * per_unit,
             bias: E::round(line.bias * unit) * per_unit,
         };
-        let reference =
-            Line { scale: reference.scale * per_unit, bias: reference.bias * per_unit };
+        let reference = Line { scale: reference.scale * per_unit, bias: reference.bias * per_unit };
         let lines = [first, second, reference, reference].map(stored);
         let errors = self.errors(lines);
         // A scale that rounds to zero has an error that is not a number.
@@ -78,7 +92,7 @@ impl Search {
             lanes
         }));
         let mut best = (Line { scale: width / self.high, bias: min }, -1.0);
-        for ps in shrinks(self.bits).as_chunks::<BATCH>().0 {
+        for ps in self.shrinks.as_chunks::<BATCH>().0 {
             let lines = ps.map(|p| {
                 let width = width * p;
                 Line { scale: width / self.high, bias: middle - width * 0.5 }
@@ -117,7 +131,7 @@ impl Search {
         for xs in &self.group {
             for k in 0..BATCH {
                 for i in 0..LANES {
-                    let q = round(clamp((xs[i] - lines[k].bias) * reciprocal[k], 0.0, self.high));
+                    let q = round(clamp((xs[i] - lines[k].bias) * reciprocal[k], self.high));
                     sums[0][k][i] += q;
                     sums[1][k][i] += q * q;
                     sums[2][k][i] += xs[i] * q;
@@ -136,7 +150,7 @@ impl Search {
             for k in 0..BATCH {
                 for i in 0..LANES {
                     let Line { scale, bias } = lines[k];
-                    let q = round(clamp((xs[i] - bias) * reciprocal[k], 0.0, self.high));
+                    let q = round(clamp((xs[i] - bias) * reciprocal[k], self.high));
                     let error = xs[i] - (q * scale + bias);
                     sums[k][i] += error * error;
                 }

@@ -1,7 +1,7 @@
 //! Scales chosen by error search, for codebooks.
 
 use super::codebook::Steps;
-use super::search::{LANES, sum};
+use super::lanes::{LANES, sum};
 use super::tile::Element;
 
 /// Parts of the largest magnitude that are tried as the scale.

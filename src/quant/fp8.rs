@@ -86,10 +86,7 @@ impl Fp8Scheme {
             Fp8Scale::Inverse => Dtype::F32,
             Fp8Scale::Power => Dtype::F8_E8M0,
         };
-        vec![
-            part(Role::Codes, Dtype::F8_E4M3, [rows, cols]),
-            part(Role::Scale, scale, scales),
-        ]
+        vec![part(Role::Codes, Dtype::F8_E4M3, [rows, cols]), part(Role::Scale, scale, scales)]
     }
 
     pub(super) fn grid(&self, dtype: Dtype, shape: &[u64], source_bytes: u64) -> Grid {
@@ -170,8 +167,7 @@ impl<E: Element> Kernel for Encode<'_, E> {
                 let row = |r: usize| &source[(band * high + r) * stride..][..cols][cut.clone()];
                 let rows = codes.len() / cols;
                 // Bit patterns of magnitudes order as integers, NaNs last.
-                let magnitude =
-                    (0..rows).map(|r| E::magnitude(row(r)).to_bits()).fold(0, u32::max);
+                let magnitude = (0..rows).map(|r| E::magnitude(row(r)).to_bits()).fold(0, u32::max);
                 let magnitude = f32::from_bits(magnitude);
                 let at = band * across + b;
                 let factor = match rule {

@@ -82,10 +82,8 @@ impl IntScheme {
             }
             Packing::Int8 => ((Dtype::I8, [rows, cols]), (Dtype::I8, [rows, groups])),
         };
-        let mut parts = vec![
-            part(Role::Codes, codes.0, codes.1),
-            part(Role::Scale, dtype, [rows, groups]),
-        ];
+        let mut parts =
+            vec![part(Role::Codes, codes.0, codes.1), part(Role::Scale, dtype, [rows, groups])];
         if !self.symmetric {
             parts.push(part(Role::ZeroPoint, zero_points.0, zero_points.1));
         }
@@ -190,14 +188,15 @@ impl Codes {
         Self { low: -half, high: half - 1.0, offset }
     }
 
-    /// Bits of a code.
-    pub(super) fn bits(self) -> u8 {
-        (self.high as u8 + 1).ilog2() as u8 + 1
-    }
-
     /// The number of steps from lowest to highest.
     pub(super) fn steps(self) -> f32 {
         self.high - self.low
+    }
+
+    /// The smallest and largest, less a zero point.
+    #[inline(always)]
+    pub(super) fn less(self, zero_point: f32) -> (f32, f32) {
+        (self.low - zero_point, self.high - zero_point)
     }
 
     #[inline(always)]

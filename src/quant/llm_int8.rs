@@ -30,10 +30,7 @@ impl LlmInt8Scheme {
 
     pub(super) fn parts(self, shape: &[u64]) -> Vec<Part> {
         let (rows, cols) = (shape[0], shape[1]);
-        vec![
-            part(Role::Codes, Dtype::I8, [rows, cols]),
-            part(Role::Scale, Dtype::F32, [rows]),
-        ]
+        vec![part(Role::Codes, Dtype::I8, [rows, cols]), part(Role::Scale, Dtype::F32, [rows])]
     }
 
     pub(super) fn grid(self, dtype: Dtype, shape: &[u64], source_bytes: u64) -> Grid {

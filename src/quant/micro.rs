@@ -209,8 +209,7 @@ impl<E: Element> Encode<'_, E> {
             for (group, scale) in groups.iter().zip(scales.iter_mut()) {
                 *scale = scheme.scale::<E>(E::magnitude(group));
             }
-            let searched =
-                scheme.quality == Quality::Search && scheme.float == MicroFloat::E2m1;
+            let searched = scheme.quality == Quality::Search && scheme.float == MicroFloat::E2m1;
             let out = row_codes.as_chunks_mut::<GROUP>().0;
             for ((group, out), scale) in groups.iter().zip(out).zip(scales) {
                 if searched {

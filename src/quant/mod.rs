@@ -13,6 +13,7 @@ mod fp8;
 mod grid;
 mod int;
 mod isa;
+mod lanes;
 mod llm_int8;
 mod micro;
 mod minifloat;

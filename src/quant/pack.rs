@@ -13,9 +13,9 @@ pub(super) fn packed_len(count: usize, bits: u8) -> usize {
 #[inline(always)]
 pub(super) fn pack(bits: u8, codes: &[u8], out: &mut [u8]) {
     match bits {
-        2 => pack_powers::<4>(codes, out, |c| c[0] | c[1] << 2 | c[2] << 4 | c[3] << 6),
-        4 => pack_powers::<2>(codes, out, |c| c[0] | c[1] << 4),
-        8 => pack_powers::<1>(codes, out, |c| c[0]),
+        2 => pack_bytes::<4>(codes, out),
+        4 => pack_bytes::<2>(codes, out),
+        8 => pack_bytes::<1>(codes, out),
         3 => pack_octets::<3>(codes, out),
         5 => pack_octets::<5>(codes, out),
         6 => pack_octets::<6>(codes, out),
@@ -25,11 +25,15 @@ pub(super) fn pack(bits: u8, codes: &[u8], out: &mut [u8]) {
 
 /// `N` codes to a byte.
 #[inline(always)]
-fn pack_powers<const N: usize>(codes: &[u8], out: &mut [u8], byte: impl Fn(&[u8; N]) -> u8) {
+fn pack_bytes<const N: usize>(codes: &[u8], out: &mut [u8]) {
     let whole = (codes.len() / N).min(out.len());
     let (body, rest) = out.split_at_mut(whole);
     for (out, codes) in body.iter_mut().zip(codes.as_chunks::<N>().0) {
-        *out = byte(codes);
+        let mut byte = 0;
+        for i in 0..N {
+            byte |= codes[i] << (i * 8 / N);
+        }
+        *out = byte;
     }
     rest.fill(0);
 }

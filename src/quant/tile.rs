@@ -221,7 +221,8 @@ impl Element for Bf16 {
 
     #[inline(always)]
     fn magnitude(group: &[[u8; 2]]) -> f32 {
-        let magnitude = group.iter().fold(0, |m: i16, raw| m.max(i16::from_le_bytes(*raw) & 0x7fff));
+        let magnitude =
+            group.iter().fold(0, |m: i16, raw| m.max(i16::from_le_bytes(*raw) & 0x7fff));
         Self::widen(magnitude.to_le_bytes())
     }
 }
@@ -311,7 +312,8 @@ impl Element for F16 {
 
     #[inline(always)]
     fn magnitude(group: &[[u8; 2]]) -> f32 {
-        let magnitude = group.iter().fold(0, |m: i16, raw| m.max(i16::from_le_bytes(*raw) & 0x7fff));
+        let magnitude =
+            group.iter().fold(0, |m: i16, raw| m.max(i16::from_le_bytes(*raw) & 0x7fff));
         Self::widen(magnitude.to_le_bytes())
     }
 }

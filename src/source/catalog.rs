@@ -1,7 +1,5 @@
 //! Names, element types and shapes of a checkpoint's logical tensors; never their data.
 
-use std::collections::HashMap;
-
 use crate::dtype::Dtype;
 
 /// Position of a tensor in its [`Catalog`].
@@ -62,20 +60,23 @@ impl Tensor {
 #[derive(Clone, Debug, Default)]
 pub struct Catalog {
     tensors: Vec<Tensor>,
-    by_name: HashMap<String, TensorId>,
+    /// The positions of the tensors, by name.
+    by_name: Vec<u32>,
 }
 
 impl Catalog {
     /// A catalog of tensors in the order given.
     ///
     /// # Errors
-    /// The positions of two tensors of the same name.
-    pub fn new(tensors: Vec<Tensor>) -> Result<Self, (TensorId, TensorId)> {
-        let mut by_name = HashMap::with_capacity(tensors.len());
-        for (id, tensor) in tensors.iter().enumerate() {
-            if let Some(first) = by_name.insert(tensor.name.clone(), id) {
-                return Err((first, id));
-            }
+    /// Two tensors of the same name.
+    pub fn new(tensors: Vec<Tensor>) -> Result<Self, [Box<Tensor>; 2]> {
+        let count = u32::try_from(tensors.len()).expect("headers of 100 MB hold fewer than 2^32");
+        let mut by_name: Vec<u32> = (0..count).collect();
+        let name = |id: u32| tensors[id as usize].name.as_str();
+        by_name.sort_unstable_by_key(|id| (name(*id), *id));
+        let twice = by_name.windows(2).find(|pair| name(pair[0]) == name(pair[1]));
+        if let Some(&[first, second]) = twice {
+            return Err([first, second].map(|id| Box::new(tensors[id as usize].clone())));
         }
         Ok(Self { tensors, by_name })
     }
@@ -87,7 +88,9 @@ impl Catalog {
 
     /// The tensor of that name.
     pub fn find(&self, name: &str) -> Option<TensorId> {
-        self.by_name.get(name).copied()
+        let place =
+            self.by_name.binary_search_by_key(&name, |id| &self.tensors[*id as usize].name).ok()?;
+        Some(self.by_name[place] as TensorId)
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::num::NonZeroUsize;
+use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -9,11 +10,11 @@ use std::sync::{Arc, OnceLock};
 use std::time::SystemTime;
 
 use lru::LruCache;
-use memmap2::Mmap;
+use memmap2::{Mmap, MmapOptions};
 use parking_lot::Mutex;
 
 use super::guard::Watch;
-use crate::error::{self, Error, Result};
+use crate::error::{self, Error, ErrorKind, Result};
 
 /// One file as it was when it was first opened.
 #[derive(Debug)]
@@ -196,6 +197,30 @@ impl SourceFiles {
         (open.len(), mapped.map(|mapped| mapped.map.len() as u64).sum())
     }
 
+    /// Bytes of memory that the maps take in this process: the pages of them that are in its page
+    /// table, by the kernel's own count (`Rss` in `/proc/self/smaps`). They belong to the kernel's
+    /// page cache, which shares them with other processes and takes them back as it needs.
+    ///
+    /// Where there is no `/proc`, the bytes mapped, which is an upper bound.
+    pub fn resident(&self) -> u64 {
+        // Held, so that the addresses go on being theirs.
+        let open: Vec<Arc<OpenFile>> =
+            self.open.lock().iter().map(|(_, open)| open.clone()).collect();
+        let maps: Vec<Range<usize>> = open
+            .iter()
+            .filter_map(|open| open.map.get())
+            .map(|mapped| mapped.map.as_ptr_range())
+            .map(|range| range.start.addr()..range.end.addr())
+            .collect();
+        if maps.is_empty() {
+            return 0;
+        }
+        match std::fs::read("/proc/self/smaps") {
+            Ok(smaps) => rss_within(&String::from_utf8_lossy(&smaps), &maps),
+            Err(_) => maps.iter().map(|range| range.len() as u64).sum(),
+        }
+    }
+
     fn get(&self, source: &Arc<SourceFile>) -> Result<Arc<OpenFile>> {
         if let Some(open) = self.open.lock().get(&source.id) {
             return Ok(open.clone());
@@ -226,17 +251,14 @@ impl OpenFile {
         if let Some(mapped) = self.map.get() {
             return Ok(&mapped.map);
         }
-        let map = map(&self.file)
-            .map_err(|cause| Error::io(format_args!("map {}", self.source.name()), cause))?;
-        let watch = Watch::new(&map);
-        Ok(&self.map.get_or_init(|| Mapped { watch, map }).map)
+        let at = |cause| Error::io(format_args!("map {}", self.source.name()), cause);
+        let map = map(&self.file, self.source.len() as usize).map_err(at)?;
+        let mapped = Mapped { watch: Watch::new(&map).map_err(at)?, map };
+        Ok(&self.map.get_or_init(|| mapped).map)
     }
 
     /// Fails where the file has been truncated, written, replaced or deleted since it was opened.
     fn verify(&self) -> Result<()> {
-        if self.map.get().is_some_and(|mapped| mapped.watch.faulted()) {
-            return Err(self.source.stale("truncated"));
-        }
         let metadata =
             self.file.metadata().map_err(|cause| Error::io(self.source.name(), cause))?;
         if metadata.nlink() == 0 {
@@ -248,23 +270,64 @@ impl OpenFile {
         if Identity::of(&metadata) != self.source.identity {
             return Err(self.source.stale("changed"));
         }
+        if self.map.get().is_some_and(|mapped| mapped.watch.faulted()) {
+            let message = format!("{}: a page of it could not be read", self.source.name);
+            return Err(Error::new(ErrorKind::Io, message));
+        }
         Ok(())
     }
 }
 
+/// The sum of `Rss` of the mappings in the text of an `smaps` file that start in one of `ranges`.
+fn rss_within(smaps: &str, ranges: &[Range<usize>]) -> u64 {
+    let mut counts = false;
+    let mut kib = 0;
+    for line in smaps.lines() {
+        let mut words = line.split_ascii_whitespace();
+        let first = words.next().unwrap_or_default();
+        if first == "Rss:" {
+            let size = words.next().and_then(|size| size.parse::<u64>().ok());
+            kib += size.filter(|_| counts).unwrap_or(0);
+        } else if let Some((start, _)) = first.split_once('-') {
+            // Of a line that isn't the first of a mapping, the first word ends in a colon.
+            let start = usize::from_str_radix(start, 16);
+            counts = start.is_ok_and(|start| ranges.iter().any(|range| range.contains(&start)));
+        }
+    }
+    kib << 10
+}
+
 #[expect(unsafe_code, reason = "a map is only as constant as its file")]
-fn map(file: &File) -> std::io::Result<Mmap> {
+pub(super) fn map(file: &File, len: usize) -> std::io::Result<Mmap> {
+    // Of the length that was noted: the file may have shrunk since, and a slice of a shorter map
+    // would panic where a fault is caught.
     // SAFETY: the map is read through `with_bytes` alone, as bytes, which have no invalid values;
     // a file that shrinks is caught by `Watch`, one that changes by `verify`, and either way what
     // was read is thrown away.
-    unsafe { Mmap::map(file) }
+    unsafe { MmapOptions::new().len(len).map(file) }
 }
 
 #[expect(unsafe_code, reason = "MADV_DONTNEED discards what a private map has written")]
-fn drop_pages(map: &Mmap, range: std::ops::Range<usize>) {
-    // SAFETY: the map is read-only and backed by a file, so a page that is dropped comes back with
-    // the same bytes. Advice that fails changes nothing.
+fn drop_pages(map: &Mmap, range: Range<usize>) {
+    // SAFETY: the map is read-only and backed by a file, or by zeros where it was truncated, so a
+    // page that is dropped comes back with the same bytes. Advice that fails changes nothing.
     let _ = unsafe {
         map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, range.start, range.len())
     };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn resident_memory_is_that_of_our_mappings_alone() {
+        let smaps = "\
+7000-8000 r--p 00000000 00:01 5    /a name-with: dash\nSize: 4 kB\nRss:      4 kB\nPss: 2 kB\n\
+8000-9000 r--p 00000000 00:01 5    /b\nRss:      16 kB\nSwap: 1 kB\n\
+a000-f000 r--p 00000000 00:01 5    /b\nRss:      64 kB\nVmFlags: rd-wr\n";
+        assert_eq!(rss_within(smaps, &[0x7000..0x8000]), 4 << 10);
+        assert_eq!(rss_within(smaps, &[0x8000..0x9000, 0xa000..0xf000]), 80 << 10);
+        assert_eq!(rss_within(smaps, &[0x9000..0xa000]), 0);
+    }
 }

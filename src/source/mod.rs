@@ -5,6 +5,7 @@
 //! Nothing here knows about quantization formats, views or mounts, and nothing here ever writes.
 
 mod catalog;
+mod elements;
 mod file;
 mod guard;
 mod header;
@@ -16,6 +17,7 @@ use std::sync::Arc;
 use serde_json::{Map, Value};
 
 pub use catalog::{Catalog, Decoder, Extent, Tensor, TensorId};
+pub use elements::{DecodeF32, ELEMENTS_ALIGN, f32_decoder};
 pub use file::{SourceFile, SourceFiles};
 pub use header::{Entry, Header, MAX_HEADER_BYTES};
 pub(crate) use index::is_adapter;
@@ -123,16 +125,9 @@ impl Checkpoint {
                 operands: vec![Extent { shard: position, start: entry.start, len: entry.len }],
             }));
         }
-        let places: Vec<(String, usize)> =
-            tensors.iter().map(|tensor| (tensor.name.clone(), tensor.shard())).collect();
-        let catalog = Catalog::new(tensors).map_err(|(first, second)| {
-            let shard = |id: usize| shards[places[id].1].file.name();
-            error::corrupt(format!(
-                "`{}` stands both in {} and in {}",
-                places[first].0,
-                shard(first),
-                shard(second)
-            ))
+        let catalog = Catalog::new(tensors).map_err(|twins| {
+            let [first, second] = twins.each_ref().map(|twin| shards[twin.shard()].file.name());
+            error::corrupt(format!("`{}` stands both in {first} and in {second}", twins[0].name))
         })?;
         if let Some(index) = &index {
             check_index(index, &catalog)?;

@@ -228,6 +228,26 @@ impl View {
         }
     }
 
+    /// Every shard of every model, synthesized or shown as it is, in the tree's order: its file, its
+    /// model, and its position there.
+    pub fn shards(&self) -> impl Iterator<Item = (NodeId, &Model, usize)> {
+        let models = &self.shared.models;
+        let find = move |file: &Arc<SourceFile>| {
+            models.iter().find_map(|model| {
+                let mut shards = model.checkpoint().shards().iter();
+                Some((model, shards.position(|shard| Arc::ptr_eq(&shard.file, file))?))
+            })
+        };
+        self.contents.iter().enumerate().filter_map(move |(node, content)| {
+            let (model, shard) = match content {
+                Content::Shard { model, shard } => (&models[*model], *shard),
+                Content::Copy(file) => find(file)?,
+                Content::Dir | Content::Inline(_) => return None,
+            };
+            Some((node, model, shard))
+        })
+    }
+
     /// Fills `buf` from `offset` of a file and returns how many bytes that were: all of `buf`, or
     /// what is left of the file. Never short elsewhere: the kernel takes a short read to mean that
     /// the file shrank.

@@ -1,8 +1,7 @@
 //! One checkpoint of a view, planned: its shards laid out, its chunks encoded on demand.
 
+use std::fmt::Write as _;
 use std::ops::Range;
-
-use serde_json::{Map, Value, json};
 
 use super::buffers::{Buffer, Buffers};
 use super::cache::{Cache, ChunkKey};
@@ -54,7 +53,12 @@ impl Model {
             Vec::new()
         } else {
             let lay_out = |(ids, shard): (Vec<usize>, &crate::source::Shard)| {
-                VirtualShard::new(&plan.items, ids, &metadata(&shard.metadata))
+                VirtualShard::new(
+                    checkpoint.catalog(),
+                    &plan,
+                    &ids,
+                    &metadata(plan.framework, &shard.metadata),
+                )
             };
             ids.into_iter().zip(checkpoint.shards()).map(lay_out).collect()
         };
@@ -113,25 +117,32 @@ impl Model {
         let index = self.checkpoint.index().filter(|_| !self.shards.is_empty())?;
         let mut metadata = index.metadata.clone();
         metadata.insert("total_size".to_owned(), self.shown_len().into());
-        let shard_of = |item: &Item| self.checkpoint.catalog()[item.tensor].shard();
-        let mut names: Vec<(&str, usize)> =
-            self.plan.items.iter().map(|item| (item.name.as_str(), shard_of(item))).collect();
-        names.sort_unstable();
-        let file = |shard: usize| Value::from(self.checkpoint.shards()[shard].file.name());
-        let weight_map: Map<String, Value> =
-            names.into_iter().map(|(name, shard)| (name.to_owned(), file(shard))).collect();
-        let index = json!({ "metadata": metadata, "weight_map": weight_map });
-        let mut text = serde_json::to_vec_pretty(&index).expect("JSON values serialize");
-        text.push(b'\n');
-        Some(text)
+        let metadata = serde_json::to_string_pretty(&metadata).expect("JSON values serialize");
+        let catalog = self.checkpoint.catalog();
+        let mut entries: Vec<_> = self
+            .plan
+            .items
+            .iter()
+            .map(|item| (self.plan.name(catalog, item), catalog[item.tensor].shard()))
+            .collect();
+        entries.sort_unstable();
+        let quoted = |text: &str| serde_json::to_string(text).expect("strings serialize");
+        let shards: Vec<String> =
+            self.checkpoint.shards().iter().map(|shard| quoted(shard.file.name())).collect();
+        let mut text = format!("{{\n  \"metadata\": {},", metadata.replace('\n', "\n  "));
+        text.push_str("\n  \"weight_map\": {");
+        for (i, (name, shard)) in entries.iter().enumerate() {
+            let comma = if i == 0 { "" } else { "," };
+            let _ = write!(text, "{comma}\n    {}: {}", quoted(name), shards[*shard]);
+        }
+        text.push_str("\n  }\n}\n");
+        Some(text.into_bytes())
     }
 
     /// `config.json` with the quantization declared, where there is one and it changes.
     pub(super) fn config_text(&self) -> Option<Vec<u8>> {
-        let declared = self.plan.quantization_config.clone()?;
-        let source = self.checkpoint.config()?;
-        let append = Map::from_iter([("quantization_config".to_owned(), declared)]);
-        Some(config::edited(&source.text, &[], &append).into_bytes())
+        let source = self.checkpoint.config().filter(|_| !self.plan.config.is_empty())?;
+        Some(config::edited(&source.text, &[], &self.plan.config).into_bytes())
     }
 
     /// Fills `buf` from `offset` of a virtual shard; the range lies within it.
@@ -158,7 +169,7 @@ impl Model {
                         engine.counters.source.add(out.len() as u64);
                         self.checkpoint.read_exact_at(&engine.files, tensor, range.start, out)?;
                     }
-                    Content::Inline(bytes) => {
+                    Content::Inline { bytes, .. } => {
                         out.copy_from_slice(&bytes[range.start as usize..range.end as usize]);
                     }
                     Content::Part { weight, part } => {
@@ -271,7 +282,7 @@ impl Model {
 
 /// A virtual shard's `__metadata__`: the source's, in a framework that loaders of quantized
 /// checkpoints accept.
-fn metadata(source: &[(String, String)]) -> Vec<(String, String)> {
+fn metadata(framework: &str, source: &[(String, String)]) -> Vec<(String, String)> {
     let others = source.iter().filter(|(key, _)| key != "format").cloned();
-    std::iter::once(("format".to_owned(), "pt".to_owned())).chain(others).collect()
+    std::iter::once(("format".to_owned(), framework.to_owned())).chain(others).collect()
 }

@@ -1,9 +1,11 @@
 //! One virtual shard: its header, and where the bytes of every tensor in it come from.
 
+use std::fmt::Write as _;
 use std::ops::Range;
 
 use crate::dtype;
-use crate::format::{Content, Item};
+use crate::format::{Content, Plan};
+use crate::source::Catalog;
 
 /// A safetensors file laid out from a plan's items.
 ///
@@ -33,15 +35,27 @@ pub(super) enum Piece {
 const ALIGNMENT: u64 = 8;
 
 impl VirtualShard {
-    /// Lays out the items at the positions `ids` of `items`.
-    pub(super) fn new(items: &[Item], mut ids: Vec<usize>, metadata: &[(String, String)]) -> Self {
-        let len = |id: usize| items[id].byte_len();
+    /// Lays out the items at the positions `ids` of the plan's.
+    pub(super) fn new(
+        catalog: &Catalog,
+        plan: &Plan,
+        ids: &[usize],
+        metadata: &[(String, String)],
+    ) -> Self {
+        let describe = |&id: &usize| {
+            let item = &plan.items[id];
+            let (dtype, shape) = plan.type_of(catalog, item);
+            let len = dtype::byte_len(dtype, &shape).expect("planned tensors have a size");
+            let class = match (len % ALIGNMENT, &item.content) {
+                (0, Content::Inline { .. }) => 0,
+                (0, _) => 1,
+                _ => 2 + ALIGNMENT - dtype::alignment(dtype),
+            };
+            (class, id, dtype, shape, len)
+        };
+        let mut placed: Vec<_> = ids.iter().map(describe).collect();
         // A stable sort: within a class the plan's order stays.
-        ids.sort_by_key(|&id| match (len(id) % ALIGNMENT, &items[id].content) {
-            (0, Content::Inline(_)) => 0,
-            (0, _) => 1,
-            _ => 2 + ALIGNMENT - dtype::alignment(items[id].dtype),
-        });
+        placed.sort_by_key(|(class, ..)| *class);
         let mut json = String::from("{\"__metadata__\":{");
         for (i, (key, value)) in metadata.iter().enumerate() {
             let comma = if i == 0 { "" } else { "," };
@@ -50,14 +64,15 @@ impl VirtualShard {
         json.push('}');
         let mut starts = Vec::with_capacity(ids.len() + 1);
         let mut offset = 0;
-        for &id in &ids {
-            let Item { name, dtype, shape, .. } = &items[id];
-            let end = offset + len(id);
-            json += &format!(
-                ",{}:{{\"dtype\":\"{dtype}\",\"shape\":{},\"data_offsets\":[{offset},{end}]}}",
-                quoted(name),
-                serde_json::to_string(shape).expect("numbers serialize"),
-            );
+        for (_, id, dtype, shape, len) in &placed {
+            let name = quoted(&plan.name(catalog, &plan.items[*id]));
+            let end = offset + len;
+            let _ = write!(json, ",{name}:{{\"dtype\":\"{dtype}\",\"shape\":[");
+            for (i, dim) in shape.iter().enumerate() {
+                let comma = if i == 0 { "" } else { "," };
+                let _ = write!(json, "{comma}{dim}");
+            }
+            let _ = write!(json, "],\"data_offsets\":[{offset},{end}]}}");
             starts.push(offset);
             offset = end;
         }
@@ -72,7 +87,8 @@ impl VirtualShard {
         for start in &mut starts {
             *start += header.len() as u64;
         }
-        Self { header: header.into(), items: ids, starts }
+        let items = placed.into_iter().map(|(_, id, ..)| id).collect();
+        Self { header: header.into(), items, starts }
     }
 
     /// The length of the file.
@@ -123,38 +139,51 @@ fn quoted(text: &str) -> String {
 mod tests {
     use super::*;
     use crate::dtype::Dtype;
+    use crate::format;
+    use crate::recipe::Request;
+    use crate::source::{Decoder, Extent, Tensor};
 
-    fn item(name: &str, dtype: Dtype, shape: &[u64]) -> Item {
-        let content = Content::Source;
-        Item { name: name.to_owned(), dtype, shape: shape.to_vec(), tensor: 0, content }
-    }
-
-    fn odd_shard() -> (Vec<Item>, VirtualShard) {
-        let mut items = vec![
-            item("codes", Dtype::I32, &[3, 4]),
-            item("odd halves", Dtype::BF16, &[3]),
-            item("odd bytes", Dtype::U8, &[5]),
-            item("empty", Dtype::F32, &[0, 7]),
-            item("odd words", Dtype::F32, &[1]),
-            item("scalar", Dtype::U8, &[]),
-            item("long", Dtype::F64, &[2]),
-            item("a \"name\"", Dtype::I64, &[2]),
+    /// Tensors of odd sizes, shown as they are but for the last, which is metadata.
+    fn odd_shard() -> (Catalog, Plan, VirtualShard) {
+        let tensors = [
+            ("codes", Dtype::I32, &[3, 4][..]),
+            ("odd halves", Dtype::BF16, &[3]),
+            ("odd bytes", Dtype::U8, &[5]),
+            ("empty", Dtype::F32, &[0, 7]),
+            ("odd words", Dtype::F32, &[1]),
+            ("scalar", Dtype::U8, &[]),
+            ("long", Dtype::F64, &[2]),
+            ("a \"name\"", Dtype::I64, &[2]),
         ];
-        items[7].content = Content::Inline(Box::new([0; 16]));
-        let shard = VirtualShard::new(&items, (0..8).collect(), &[("format".into(), "pt".into())]);
-        (items, shard)
+        let tensor = |(name, dtype, shape): (&str, Dtype, &[u64])| Tensor {
+            name: name.to_owned(),
+            dtype,
+            shape: shape.to_vec(),
+            decoder: Decoder::Plain,
+            operands: vec![Extent { shard: 0, start: 0, len: 0 }],
+        };
+        let catalog = Catalog::new(tensors.map(tensor).into()).expect("eight names");
+        let config = None;
+        let request = Request { format: "dense".to_owned(), ..Request::default() };
+        let dense = format::find("dense").expect("there");
+        let mut plan = dense.plan(&catalog, config, &request).expect("planned");
+        plan.items[7].content =
+            Content::Inline { dtype: Dtype::I64, shape: [2].into(), bytes: [0; 16].into() };
+        let ids: Vec<usize> = (0..8).collect();
+        let shard = VirtualShard::new(&catalog, &plan, &ids, &[("format".into(), "pt".into())]);
+        (catalog, plan, shard)
     }
 
     #[test]
     fn the_library_reads_the_header_and_every_tensor_is_aligned() {
-        let (items, shard) = odd_shard();
+        let (catalog, _, shard) = odd_shard();
         let mut file = shard.header().to_vec();
         file.resize(shard.len() as usize, 0);
         let (header_len, metadata) =
             safetensors::SafeTensors::read_metadata(&file).expect("the library accepts it");
         assert_eq!((header_len + 8) % 8, 0);
         assert_eq!(metadata.metadata().as_ref().expect("metadata")["format"], "pt");
-        for Item { name, dtype, .. } in &items {
+        for Tensor { name, dtype, .. } in catalog.tensors() {
             let info = metadata.info(name).expect("named");
             assert_eq!(info.data_offsets.0 as u64 % dtype::alignment(*dtype), 0, "{name}");
         }
@@ -163,7 +192,7 @@ mod tests {
 
     #[test]
     fn pieces_of_any_range_join_up_to_it() {
-        let (_, shard) = odd_shard();
+        let (.., shard) = odd_shard();
         for start in 0..=shard.len() {
             for end in start..=shard.len() {
                 let mut at = start;

@@ -1,0 +1,214 @@
+//! What a view shows of a directory: what it hides, follows, synthesizes and leaves alone.
+
+mod support;
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::Path;
+
+use aq_fs::error::ErrorKind;
+use aq_fs::recipe::Request;
+use aq_fs::view::{Budget, NodeKind, View};
+use safetensors::Dtype;
+use serde_json::{Value, json};
+use support::Tensor;
+
+fn open(path: &Path) -> View {
+    View::open(path, &Request::default(), Budget::default()).expect("a view")
+}
+
+/// The paths of all files, sorted.
+fn files(view: &View) -> Vec<String> {
+    let tree = view.tree();
+    let mut paths: Vec<String> = (0..tree.nodes().len())
+        .filter(|id| matches!(tree.nodes()[*id].kind, NodeKind::File { .. }))
+        .map(|id| tree.path(id).to_str().expect("UTF-8").to_owned())
+        .collect();
+    paths.sort();
+    paths
+}
+
+fn read(view: &View, path: &str) -> Vec<u8> {
+    let tree = view.tree();
+    let id = (0..tree.nodes().len())
+        .find(|id| tree.path(*id) == Path::new(path))
+        .unwrap_or_else(|| panic!("{path} is not shown"));
+    let NodeKind::File { size } = tree.nodes()[id].kind else { panic!("{path} is a directory") };
+    let mut bytes = vec![0; size as usize];
+    view.read_at(id, 0, &mut bytes).expect("readable");
+    bytes
+}
+
+fn parsed(view: &View, path: &str) -> Value {
+    serde_json::from_slice(&read(view, path)).expect("JSON")
+}
+
+#[test]
+fn weights_that_a_loader_might_pick_up_instead_are_hidden() {
+    let dir = tempfile::tempdir().expect("a directory");
+    support::llama(dir.path());
+    let shard = |name: &str| {
+        let tensor = Tensor::weights("model.x.weight", Dtype::BF16, &[2, 2]);
+        support::write_shard(&dir.path().join(name), &[tensor]);
+    };
+    for name in ["consolidated.safetensors", "model.safetensors", "adapter_model.safetensors"] {
+        shard(name);
+    }
+    for name in ["pytorch_model.bin", "model.gguf", "x.pth", "README.md", "merges.txt"] {
+        fs::write(dir.path().join(name), name).expect("written");
+    }
+    fs::create_dir(dir.path().join("onnx")).expect("made");
+    fs::write(dir.path().join("onnx/a.bin"), "kept").expect("written");
+    let view = open(dir.path());
+    assert_eq!(
+        files(&view),
+        [
+            "README.md",
+            "adapter_model.safetensors",
+            "config.json",
+            "merges.txt",
+            "model-00001-of-00003.safetensors",
+            "model-00002-of-00003.safetensors",
+            "model-00003-of-00003.safetensors",
+            "model.safetensors.index.json",
+            "onnx/a.bin",
+            "tokenizer.json",
+        ]
+    );
+    let hidden: Vec<_> =
+        view.hidden().iter().map(|h| (h.path.to_str().expect("UTF-8"), h.reason)).collect();
+    assert_eq!(
+        hidden,
+        [
+            ("consolidated.safetensors", "a shard that the index does not name"),
+            ("model.gguf", "weights in another format"),
+            ("model.safetensors", "a shard that the index does not name"),
+            ("pytorch_model.bin", "weights in another format"),
+            ("x.pth", "weights in another format"),
+        ]
+    );
+    assert_eq!(read(&view, "README.md"), b"README.md");
+}
+
+#[test]
+fn the_index_is_synthesized_and_its_other_metadata_carried_through() {
+    let dir = tempfile::tempdir().expect("a directory");
+    support::llama(dir.path());
+    let view = open(dir.path());
+    let index = parsed(&view, "model.safetensors.index.json");
+    assert_eq!(index["metadata"]["modality"], "text");
+    let mut total = 0;
+    let mut names = Vec::new();
+    for shard in 1..=3 {
+        let file = format!("model-0000{shard}-of-00003.safetensors");
+        let bytes = read(&view, &file);
+        let tensors = safetensors::SafeTensors::deserialize(&bytes).expect("a shard");
+        for (name, tensor) in tensors.tensors() {
+            assert_eq!(index["weight_map"][&name], file, "{name}");
+            total += tensor.data().len();
+            names.push(name);
+        }
+    }
+    assert_eq!(index["metadata"]["total_size"], total);
+    assert_eq!(index["weight_map"].as_object().expect("a map").len(), names.len());
+    assert!(names.contains(&"model.layers.0.mlp.gate_proj.weight_packed".to_owned()));
+    assert!(names.contains(&"model.layers.0.mlp.down_proj.weight".to_owned()), "383 wide");
+}
+
+#[test]
+fn a_config_changes_by_one_member_and_names_every_kept_linear() {
+    let dir = tempfile::tempdir().expect("a directory");
+    support::llama(dir.path());
+    let view = open(dir.path());
+    let text = String::from_utf8(read(&view, "config.json")).expect("UTF-8");
+    let source = fs::read_to_string(dir.path().join("config.json")).expect("there");
+    let kept = source.trim_end().trim_end_matches('}').trim_end();
+    assert!(text.starts_with(&format!("{kept},\n  \"quantization_config\": {{")), "{text}");
+    let ignore = &parsed(&view, "config.json")["quantization_config"]["ignore"];
+    for module in ["lm_head", "model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"] {
+        assert!(ignore.as_array().expect("a list").contains(&json!(module)), "{module}");
+    }
+}
+
+#[test]
+fn where_nothing_is_quantized_every_file_is_the_source_s_own() {
+    let dir = tempfile::tempdir().expect("a directory");
+    support::llama(dir.path());
+    let request = Request { skip: vec!["*".to_owned()], ..Request::default() };
+    let view = View::open(dir.path(), &request, Budget::default()).expect("a view");
+    for file in files(&view) {
+        assert!(read(&view, &file) == fs::read(dir.path().join(&file)).expect("there"), "{file}");
+    }
+    assert_eq!(view.warnings(), ["nothing is left to quantize: shown as it is"]);
+}
+
+#[test]
+fn a_hub_cache_snapshot_is_shown_as_plain_files() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let (blobs, snapshot) = (dir.path().join("blobs"), dir.path().join("snapshots/abc"));
+    support::llama(&blobs);
+    fs::create_dir_all(&snapshot).expect("made");
+    for entry in fs::read_dir(&blobs).expect("listed") {
+        let name = entry.expect("an entry").file_name();
+        symlink(Path::new("../../blobs").join(&name), snapshot.join(&name)).expect("linked");
+    }
+    let (view, plain) = (open(&snapshot), open(&blobs));
+    assert_eq!(view.root(), snapshot.canonicalize().expect("there"));
+    assert_eq!(files(&view), files(&plain));
+    for file in files(&view) {
+        assert!(read(&view, &file) == read(&plain, &file), "{file}");
+    }
+}
+
+#[test]
+fn a_pipeline_is_one_view_of_several_checkpoints() {
+    let dir = tempfile::tempdir().expect("a directory");
+    fs::write(dir.path().join("model_index.json"), "{}").expect("written");
+    support::llama(&dir.path().join("text_encoder"));
+    let transformer = dir.path().join("transformer");
+    fs::create_dir(&transformer).expect("made");
+    let weights = [Tensor::weights("blocks.0.attn.to_q.weight", Dtype::BF16, &[128, 128])];
+    support::write_shard(&transformer.join("diffusion_pytorch_model.safetensors"), &weights);
+    let config = r#"{"_class_name": "X", "_diffusers_version": "0.36.0"}"#;
+    fs::write(transformer.join("config.json"), config).expect("written");
+    let view = open(dir.path());
+    let formats: Vec<&str> = view.models().iter().map(|model| model.format().name()).collect();
+    assert_eq!(formats, ["compressed-tensors", "dense"]);
+    let config = parsed(&view, "text_encoder/config.json");
+    assert_eq!(config["quantization_config"]["quant_method"], "compressed-tensors");
+    let shown = read(&view, "transformer/diffusion_pytorch_model.safetensors");
+    let source = fs::read(transformer.join("diffusion_pytorch_model.safetensors")).expect("there");
+    assert!(shown == source);
+    assert!(view.warnings().iter().any(|w| w.starts_with("transformer: shown as it is")));
+}
+
+#[test]
+fn links_that_lead_nowhere_or_back_are_left_out_with_a_warning() {
+    let dir = tempfile::tempdir().expect("a directory");
+    support::llama(dir.path());
+    symlink("nowhere", dir.path().join("broken")).expect("linked");
+    fs::create_dir(dir.path().join("sub")).expect("made");
+    symlink("..", dir.path().join("sub/up")).expect("linked");
+    let view = open(dir.path());
+    assert!(files(&view).iter().all(|file| !file.contains("broken") && !file.contains("up")));
+    assert_eq!(
+        view.warnings(),
+        ["broken: not shown: it leads nowhere", "sub/up: not shown: it contains itself"]
+    );
+}
+
+#[test]
+fn what_is_no_model_is_refused() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let refuse = |path: &Path, kind, complaint: &str| {
+        let error = View::open(path, &Request::default(), Budget::default()).expect_err("opened");
+        assert_eq!(error.kind(), kind, "{error}");
+        assert!(error.to_string().contains(complaint), "{error}");
+    };
+    refuse(&dir.path().join("missing"), ErrorKind::NotFound, "missing");
+    refuse(dir.path(), ErrorKind::NotFound, "not a model directory");
+    fs::write(dir.path().join("config.json"), "{}").expect("written");
+    refuse(&dir.path().join("config.json"), ErrorKind::Unsupported, "neither a model directory");
+    fs::write(dir.path().join("model.safetensors"), [9, 0, 0, 0, 0, 0, 0, 0]).expect("written");
+    refuse(dir.path(), ErrorKind::Corrupt, "model.safetensors: the header claims 9 bytes");
+}
