@@ -6,7 +6,7 @@
 //! ```text
 //! compressed-tensors  scale = r(m / 448), the type's epsilon where that is 0
 //!                     q = e4m3(clamp(r(x / scale)))
-//! transformers        s = 448 / m, 1 where m is 0; scale = 1 / s; all in f32
+//! transformers        s = (1 / m) * 448, 1 where m is 0; scale = 1 / s; all in f32
 //!                     q = e4m3(clamp(x * s))
 //!   ue8m0             scale = 2^ceil(log2(1 / s)), at least 2^-126; s = 1 / scale
 //! ```
@@ -203,7 +203,7 @@ fn inverse(magnitude: f32) -> f32 {
     if magnitude.is_nan() {
         NAN
     } else if magnitude > 0.0 {
-        E4M3_MAX / magnitude
+        (1.0 / magnitude) * E4M3_MAX
     } else {
         1.0
     }
