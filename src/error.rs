@@ -1,6 +1,6 @@
 //! The one error type.
 
-use std::fmt;
+use std::fmt::{self, Write};
 
 /// What went wrong, at the grain that callers act on: errno, exit code and exception follow from it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -68,8 +68,10 @@ impl Error {
 }
 
 impl fmt::Display for Error {
-    /// The message and, after a colon, every cause: the whole chain on one line.
+    /// The message and, after a colon, every cause: the whole chain on one line. Control characters,
+    /// which names of tensors and files may have, are escaped.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut f = OneLine(f);
         f.write_str(&self.message)?;
         let mut cause = std::error::Error::source(self);
         while let Some(error) = cause {
@@ -78,6 +80,22 @@ impl fmt::Display for Error {
             cause = if error.is::<Self>() { None } else { error.source() };
         }
         Ok(())
+    }
+}
+
+/// Escapes control characters on their way.
+struct OneLine<'a, 'b>(&'a mut fmt::Formatter<'b>);
+
+impl fmt::Write for OneLine<'_, '_> {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        let mut rest = text;
+        while let Some(at) = rest.find(char::is_control) {
+            let (plain, control) = rest.split_at(at);
+            let c = control.chars().next().expect("it was found there");
+            write!(self.0, "{plain}{}", c.escape_default())?;
+            rest = &control[c.len_utf8()..];
+        }
+        self.0.write_str(rest)
     }
 }
 
@@ -111,5 +129,12 @@ mod tests {
             outer.within("model").to_string(),
             "model: index: open a.json: Permission denied (os error 13)"
         );
+    }
+
+    #[test]
+    fn a_message_is_one_line_whatever_it_names() {
+        let cause = std::io::Error::other("so\nwhat");
+        let error = Error::io("a\nb\u{7f}\u{1b}[31mé\u{85}", cause);
+        assert_eq!(error.to_string(), "a\\nb\\u{7f}\\u{1b}[31mé\\u{85}: so\\nwhat");
     }
 }

@@ -8,12 +8,14 @@ use std::path::{Path, PathBuf};
 const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("dtype", &[]),
     ("error", &[]),
+    ("modality", &[]),
     ("quant", &["dtype"]),
     ("source", &["dtype", "error"]),
     ("recipe", &["dtype", "error", "quant", "source"]),
     ("format", &["dtype", "error", "quant", "recipe", "source"]),
     ("view", &["dtype", "error", "format", "quant", "recipe", "source"]),
     ("export", &["error", "view"]),
+    ("adapter", &["dtype", "error", "modality", "recipe", "source", "view"]),
     ("fuse", &["error", "view"]),
 ];
 

@@ -25,7 +25,7 @@ use super::{Format, Plan};
 use crate::dtype::Dtype;
 use crate::error::Result;
 use crate::quant::{Granularity, IntScheme, Packing, Scheme};
-use crate::recipe::{Assignment, Decision, Request};
+use crate::recipe::{Assignment, Decision, Request, Schemes, is_expert, module_of};
 use crate::source::Catalog;
 
 /// `compressed-tensors`: pack-quantized, weight-only integers of 2 to 8 bits.
@@ -100,13 +100,19 @@ fn plan(
     request: &Request,
     int: IntScheme,
 ) -> Result<Plan> {
-    let assignment = Assignment::new(catalog, config, request, Scheme::Int(int))?;
+    let experts = experts_scheme(catalog, int);
+    let schemes = Schemes { dense: Scheme::Int(int), experts: Scheme::Int(experts) };
+    let assignment = Assignment::new(catalog, config, request, schemes)?;
+    let mut has_experts = false;
     let mut plan = Plan::new(assignment, catalog.tensors().len() * 2);
     for (id, tensor) in catalog.tensors().iter().enumerate() {
         let Decision::Quantize(scheme) = plan.assignment[id] else {
             plan.keep(id);
             continue;
         };
+        let module = module_of(&tensor.name);
+        let int = if is_expert(module) { experts } else { int };
+        has_experts |= is_expert(module);
         let parts: &[&str] = match (int.packing, int.symmetric) {
             (Packing::Packed32, true) => &["weight_packed", "weight_scale"],
             (Packing::Packed32, false) => &["weight_packed", "weight_scale", "weight_zero_point"],
@@ -119,13 +125,53 @@ fn plan(
             plan.inline(id, "weight_shape", (Dtype::I64, &[2]), bytes);
         }
     }
-    let value = quantization_config(int, plan.assignment.ignore());
+    let experts = (has_experts && experts != int).then_some(experts);
+    let value = quantization_config(int, experts, plan.assignment.ignore());
     plan.declare("quantization_config", value);
     Ok(plan)
 }
 
-/// What `quantization_config` says of integers.
-fn quantization_config(scheme: IntScheme, ignore: &[String]) -> Value {
+/// How experts that are stored one by one are quantized. transformers joins them while it loads
+/// them, and then reads packed and symmetric codes only, all of one scheme: per channel where the
+/// group does not divide every width. (`CompressedTensorsDequantize` in transformers 5.23,
+/// `integrations/compressed_tensors.py`.)
+fn experts_scheme(catalog: &Catalog, scheme: IntScheme) -> IntScheme {
+    let packed = IntScheme { symmetric: true, packing: Packing::Packed32, ..scheme };
+    let fits = catalog.tensors().iter().all(|tensor| {
+        let Some(module) = tensor.name.strip_suffix(".weight") else { return true };
+        let is_matrix = tensor.shape.len() == 2 && is_expert(module);
+        !is_matrix || Scheme::Int(packed).accepts(tensor.dtype, &tensor.shape).is_ok()
+    });
+    if fits { packed } else { IntScheme { granularity: Granularity::Channel, ..packed } }
+}
+
+/// What `quantization_config` says of integers. `experts` is their scheme, where it is one of their
+/// own.
+fn quantization_config(scheme: IntScheme, experts: Option<IntScheme>, ignore: &[String]) -> Value {
+    let dense = config_group(scheme, "Linear");
+    let format = dense["format"].clone();
+    let Some(experts) = experts else {
+        return declared(&format, &json!({ "group_0": dense }), ignore);
+    };
+    // The loader finds the experts' group by the word in its pattern.
+    let experts = config_group(experts, r"re:(?:.*\.)?experts\.\d+\..*");
+    let format = if experts["format"] == format { format } else { "mixed-precision".into() };
+    declared(&format, &json!({ "group_0": dense, "group_1": experts }), ignore)
+}
+
+/// `quantization_config` as compressed-tensors 0.20 writes it, less its null fields: older readers
+/// refuse fields that they don't know.
+pub(super) fn declared(format: &Value, groups: &Value, ignore: &[String]) -> Value {
+    json!({
+        "quant_method": "compressed-tensors",
+        "format": format,
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": ignore,
+    })
+}
+
+fn config_group(scheme: IntScheme, target: &str) -> Value {
     let mut weights = json!({
         "num_bits": scheme.bits,
         "type": "int",
@@ -150,30 +196,81 @@ fn quantization_config(scheme: IntScheme, ignore: &[String]) -> Value {
             }),
         ),
     };
-    declared(format, weights, activations, ignore)
+    group(format, target, weights, activations)
 }
 
-/// `quantization_config` as compressed-tensors 0.20 writes it, less its null fields: older readers
-/// refuse fields that they don't know.
-pub(super) fn declared(
-    format: &str,
-    weights: Value,
-    activations: Value,
-    ignore: &[String],
-) -> Value {
+/// One of `config_groups`.
+pub(super) fn group(format: &str, target: &str, weights: Value, activations: Value) -> Value {
     json!({
-        "quant_method": "compressed-tensors",
         "format": format,
-        "quantization_status": "compressed",
-        "config_groups": {
-            "group_0": {
-                "format": format,
-                "targets": ["Linear"],
-                "weights": weights,
-                "input_activations": activations,
-                "output_activations": null,
-            },
-        },
-        "ignore": ignore,
+        "targets": [target],
+        "weights": weights,
+        "input_activations": activations,
+        "output_activations": null,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::source::{Decoder, Extent, Tensor};
+
+    /// The config groups of a mixture whose experts are `width` wide inside.
+    fn groups(format: &dyn Format, symmetric: Option<bool>, width: u64) -> Value {
+        let tensors = [
+            ("model.layers.0.self_attn.q_proj.weight", [128, 128]),
+            ("model.layers.0.mlp.experts.0.up_proj.weight", [width, 128]),
+            ("model.layers.0.mlp.experts.0.down_proj.weight", [128, width]),
+        ];
+        let tensors = tensors.map(|(name, shape)| Tensor {
+            name: name.to_owned(),
+            dtype: Dtype::BF16,
+            shape: shape.to_vec(),
+            decoder: Decoder::Plain,
+            operands: vec![Extent { shard: 0, start: 0, len: 0 }],
+        });
+        let catalog = Catalog::new(tensors.into()).expect("names are unique");
+        let request = Request { symmetric, ..Request::default() };
+        let plan = format.plan(&catalog, Some(&json!({})), &request).expect("it plans");
+        assert_eq!(plan.weights.len(), 3, "no expert is kept");
+        plan.config["quantization_config"].clone()
+    }
+
+    #[test]
+    fn experts_have_a_group_of_their_own_where_loaders_could_not_read_them_otherwise() {
+        #[track_caller]
+        fn check(
+            format: &dyn Format,
+            symmetric: Option<bool>,
+            width: u64,
+            expected: Option<Value>,
+        ) {
+            let config = groups(format, symmetric, width);
+            let Some(expected) = expected else {
+                assert_eq!(config["config_groups"]["group_1"], Value::Null);
+                return;
+            };
+            let group = &config["config_groups"]["group_1"];
+            let weights = &group["weights"];
+            let found = json!([
+                config["format"],
+                group["format"],
+                weights["symmetric"],
+                weights["strategy"],
+                weights["num_bits"]
+            ]);
+            assert_eq!(found, expected);
+            assert_eq!(group["targets"], json!([r"re:(?:.*\.)?experts\.\d+\..*"]));
+        }
+        let packed = "pack-quantized";
+        check(&PackQuantized, None, 256, None);
+        check(&PackQuantized, Some(false), 256, Some(json!([packed, packed, true, "group", 4])));
+        check(&PackQuantized, None, 96, Some(json!([packed, packed, true, "channel", 4])));
+        check(
+            &IntQuantized,
+            None,
+            96,
+            Some(json!(["mixed-precision", packed, true, "channel", 8])),
+        );
+    }
 }

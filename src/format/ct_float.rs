@@ -21,7 +21,7 @@
 
 use serde_json::{Value, json};
 
-use super::compressed_tensors::declared;
+use super::compressed_tensors::{declared, group};
 use super::takes::{Grain, Takes};
 use super::{Format, Plan};
 use crate::error::Result;
@@ -147,7 +147,8 @@ impl Format for CtFloat {
         for (key, value) in details().as_object().into_iter().flatten() {
             weights[key] = value.clone();
         }
-        let value = declared(format, weights, activations(), plan.assignment.ignore());
+        let groups = json!({ "group_0": group(format, "Linear", weights, activations()) });
+        let value = declared(&format.into(), &groups, plan.assignment.ignore());
         plan.declare("quantization_config", value);
         Ok(plan)
     }

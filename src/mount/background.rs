@@ -77,7 +77,7 @@ pub fn start(args: impl IntoIterator<Item = OsString>) -> Result<Ready> {
                 match table::pulse(&ready.mountpoint) {
                     Pulse::Silent => {}
                     Pulse::Dead => break,
-                    Pulse::Alive | Pulse::Forbidden => return Ok(ready),
+                    Pulse::Alive => return Ok(ready),
                 }
             }
             let _ = unmount(&ready.mountpoint);

@@ -43,12 +43,11 @@ fn check_machine(allow_other: bool) -> Result<()> {
     let device = std::fs::OpenOptions::new().read(true).write(true).open("/dev/fuse");
     if let Err(cause) = device {
         let advice = match cause.kind() {
-            std::io::ErrorKind::NotFound if root => {
-                "there is no /dev/fuse: load the module with `modprobe fuse`, or start the container \
-                 with --device /dev/fuse --cap-add SYS_ADMIN"
-            }
             std::io::ErrorKind::NotFound => {
-                "there is no /dev/fuse: apt-get install fuse3, and `modprobe fuse` as root"
+                return Err(error::unsupported(
+                    "there is no /dev/fuse: apt-get install fuse3 and `modprobe fuse`, or start \
+                     the container with --device /dev/fuse --cap-add SYS_ADMIN",
+                ));
             }
             std::io::ErrorKind::PermissionDenied if !root => {
                 "/dev/fuse is closed to ordinary users: chmod 666 /dev/fuse as root, or run as root"

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use rustix::process::Pid;
 use serde::{Deserialize, Serialize};
 
 use super::places;
@@ -96,10 +97,11 @@ pub fn list() -> Result<Vec<Mount>> {
             let state = match status {
                 Some(_) => State::Mounted,
                 None => match table::pulse(&entry.path) {
-                    Pulse::Alive => State::Mounted,
                     Pulse::Dead => State::Dead,
                     Pulse::Silent => State::Silent,
-                    Pulse::Forbidden => State::Foreign,
+                    // The kernel answers strangers itself, and says nothing.
+                    Pulse::Alive if !entry.is_mine() => State::Foreign,
+                    Pulse::Alive => State::Mounted,
                 },
             };
             let (mountpoint, model, user) = (entry.path, entry.source.into(), entry.user);
@@ -116,10 +118,13 @@ pub fn list() -> Result<Vec<Mount>> {
     Ok(mounts)
 }
 
-/// Asks the daemon that serves `device`, if it is ours and answers.
-pub(super) fn ask(device: Device) -> Option<Status> {
+/// The process that serves `device`, if it is this user's, whether it answers or not.
+pub(super) fn process_of(device: Device) -> Option<Pid> {
     let paths = places::runtime_dirs().into_iter().map(|dir| dir.join(socket_name(device)));
-    paths.filter_map(|path| ask_at(&path).ok().flatten()).find(|status| status.device == device)
+    paths.into_iter().find_map(|path| {
+        let stream = UnixStream::connect(path).ok()?;
+        Some(rustix::net::sockopt::socket_peercred(&stream).ok()?.pid)
+    })
 }
 
 /// Seconds since 1970.

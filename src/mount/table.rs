@@ -65,6 +65,11 @@ impl Entry {
     pub(super) fn is_ours(&self) -> bool {
         self.fs_type == FS_TYPE
     }
+
+    /// Whether this user's process serves it.
+    pub(super) fn is_mine(&self) -> bool {
+        self.user == Some(rustix::process::geteuid().as_raw())
+    }
 }
 
 /// Whether somebody answers for a mount.
@@ -73,8 +78,6 @@ pub(super) enum Pulse {
     Alive,
     /// Its daemon is gone: "transport endpoint is not connected".
     Dead,
-    /// It belongs to somebody else.
-    Forbidden,
     /// It has a daemon that doesn't answer.
     Silent,
 }
@@ -127,7 +130,6 @@ pub(super) fn pulse(path: &Path) -> Pulse {
         Ok(Ok(())) => Pulse::Alive,
         Ok(Err(rustix::io::Errno::NOTCONN)) => Pulse::Dead,
         Ok(Err(rustix::io::Errno::CONNABORTED)) => Pulse::Dead,
-        Ok(Err(rustix::io::Errno::ACCESS)) => Pulse::Forbidden,
         // Whatever else it says, somebody said it.
         Ok(Err(_)) => Pulse::Alive,
         Err(_) => Pulse::Silent,

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec};
-use rustix::process::{Pid, PidfdFlags};
+use rustix::process::PidfdFlags;
 
 use super::kernel::{self, Detached};
 use super::{status, table};
@@ -37,22 +37,26 @@ pub fn unmount(path: &Path) -> Result<Unmounted> {
     let Some(entry) = entry else {
         return Err(error::not_found(format!("{}: not a mount of aq-fs", path.display())));
     };
-    let pid = status::ask(entry.device).map(|status| status.pid);
+    if let (false, Some(user)) = (may_end(&entry), entry.user) {
+        return Err(Error::new(
+            ErrorKind::Io,
+            format!("{}: mounted by user {user}, for whom only root may end it", path.display()),
+        ));
+    }
     // A handle on the process, as its number might be given to another once it has ended.
-    let process = pid.and_then(|pid| {
-        let pid = Pid::from_raw(i32::try_from(pid).ok()?)?;
-        rustix::process::pidfd_open(pid, PidfdFlags::empty()).ok()
-    });
+    let process = status::process_of(entry.device)
+        .and_then(|pid| Some((pid, rustix::process::pidfd_open(pid, PidfdFlags::empty()).ok()?)));
     let detached = kernel::detach(&path)?;
     if table::mount_at(&path)?.is_some_and(|left| left.device == entry.device) {
         return Err(Error::new(ErrorKind::Io, format!("{}: still mounted", path.display())));
     }
-    let (Some(pid), Some(process)) = (pid, process) else {
+    let Some((pid, process)) = process else {
         return Ok(match detached {
             Detached::Idle => Unmounted::Gone,
-            Detached::Busy => Unmounted::InUse(pid),
+            Detached::Busy => Unmounted::InUse(None),
         });
     };
+    let pid = pid.as_raw_nonzero().get().cast_unsigned();
     let patience = match detached {
         Detached::Idle => PATIENCE,
         Detached::Busy => Duration::ZERO,
@@ -71,8 +75,11 @@ pub fn unmount(path: &Path) -> Result<Unmounted> {
 /// # Errors
 /// `Io` where the kernel's table of mounts can't be read.
 pub fn mountpoints() -> Result<Vec<PathBuf>> {
-    let user = rustix::process::geteuid();
-    let mine = |entry: &table::Entry| user.is_root() || entry.user == Some(user.as_raw());
     let mounts = table::mounts()?.into_iter().rev();
-    Ok(mounts.filter(|entry| entry.is_ours() && mine(entry)).map(|entry| entry.path).collect())
+    let all = mounts.filter(|entry| entry.is_ours() && may_end(entry));
+    Ok(all.map(|entry| entry.path).collect())
+}
+
+fn may_end(entry: &table::Entry) -> bool {
+    rustix::process::geteuid().is_root() || entry.is_mine()
 }

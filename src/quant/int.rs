@@ -245,6 +245,7 @@ impl<E: Element> Kernel for Encode<'_, E> {
         };
         let mut row_codes = vec![0; self.cols.next_multiple_of(8)];
         let mut row_zeros = vec![0; groups];
+        let mut row_fits = vec![Fit { scale: 0.0, zero_point: 0.0 }; groups];
         let mut search = match quality {
             Quality::Reference => None,
             Quality::Search => Some(Search::new(range, symmetric, self.group)),
@@ -254,14 +255,19 @@ impl<E: Element> Kernel for Encode<'_, E> {
         let scales = self.scales.chunks_exact_mut(groups * E::SIZE);
         for (r, (codes, scales)) in rows.zip(scales).enumerate() {
             let row = &self.source[r * self.stride..][..self.cols];
-            for (g, group) in row.chunks_exact(self.group).enumerate() {
-                let out = &mut row_codes[g * self.group..][..self.group];
-                let fit = match &mut search {
-                    None => encode_group::<E>(range, symmetric, group, out),
-                    Some(search) => search.encode_group::<E>(group, out),
-                };
-                E::store(fit.scale, &mut scales[g * E::SIZE..]);
-                row_zeros[g] = range.byte(fit.zero_point);
+            if let Some(search) = &mut search {
+                search.encode_row::<E>(row, &mut row_codes[..self.cols], &mut row_fits);
+            } else {
+                let groups = row.chunks_exact(self.group).zip(&mut row_fits);
+                for ((group, fit), out) in groups.zip(row_codes.chunks_exact_mut(self.group)) {
+                    *fit = encode_group::<E>(range, symmetric, group, out);
+                }
+            }
+            for ((fit, scale), zero) in
+                row_fits.iter().zip(scales.chunks_exact_mut(E::SIZE)).zip(&mut row_zeros)
+            {
+                E::store(fit.scale, scale);
+                *zero = range.byte(fit.zero_point);
             }
             match packing {
                 Packing::Packed32 => pack(bits, &row_codes, codes),
@@ -281,7 +287,7 @@ impl<E: Element> Kernel for Encode<'_, E> {
 
 /// Encodes a group as compressed-tensors does.
 #[inline(always)]
-pub(super) fn encode_group<E: Element>(
+fn encode_group<E: Element>(
     range: Codes,
     symmetric: bool,
     group: &[E::Raw],

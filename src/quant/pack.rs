@@ -30,8 +30,8 @@ fn pack_bytes<const N: usize>(codes: &[u8], out: &mut [u8]) {
     let (body, rest) = out.split_at_mut(whole);
     for (out, codes) in body.iter_mut().zip(codes.as_chunks::<N>().0) {
         let mut byte = 0;
-        for i in 0..N {
-            byte |= codes[i] << (i * 8 / N);
+        for (i, code) in codes.iter().enumerate() {
+            byte |= code << (i * 8 / N);
         }
         *out = byte;
     }

@@ -25,35 +25,62 @@ const SMALL: f32 = 255.0;
 /// Weights of a group that candidates are nominated by; their sums surely fit in 32 bits.
 const SAMPLE: usize = 1 << 18;
 
+/// Weights of the groups that go through a step together; they fit in the first-level cache.
+const BATCH: usize = 2048;
+
 /// Added to an f32 below 2^22, leaves the nearest integer (ties to even) in the lowest bits.
 const ROUNDING: f32 = 12_582_912.0;
 
-/// The search for one group's scale and zero point, with its memory.
+/// The search for scales and zero points, with its memory.
+///
+/// Groups go through its steps some at a time, so that a step's groups, which do not depend on one
+/// another, overlap in the CPU.
 #[derive(Debug)]
 pub(super) struct Search {
     range: Codes,
     symmetric: bool,
+    /// Weights of a group.
+    len: usize,
     /// Where to clip a group.
     clips: Vec<Clip>,
     /// Whether candidates are refitted, and so only nominated.
     refit: bool,
     /// What nominees are chosen from. If symmetric, the same for all groups.
     candidates: Vec<Candidate>,
-    /// Their moments.
-    moments: Vec<Moments>,
-    /// The group's weights in units of a power of two near the largest.
-    weights: Vec<f32>,
-    /// The group's weights as small integers.
+    /// How well each candidate suits each group: a row per candidate.
+    trials: Vec<Trial>,
+    groups: Vec<Group>,
+    /// The weights of all groups, each in its unit and padded with zeros to whole lanes.
+    weights: Vec<[f32; LANES]>,
+    /// Lanes of a group.
+    lanes: usize,
+    /// The weights of all groups as small integers.
     small: Vec<i16>,
-    /// Squared errors, padded with zeros to whole lanes.
-    squares: Vec<[f32; LANES]>,
+}
+
+/// A group of weights. Its numbers are in its unit, a power of two near the largest magnitude.
+#[derive(Clone, Copy, Debug)]
+struct Group {
+    unit: Unit,
+    min: f32,
+    max: f32,
+    /// Small integers per unit.
+    to_small: f32,
+    /// The candidate to be measured.
+    nominee: Fit,
+    /// The best so far. At first the reference.
+    best: Fit,
+    /// The squared error of the best.
+    error: f32,
+    /// Whether anything but the reference is possible.
+    open: bool,
 }
 
 impl Search {
-    /// A search for groups of `group` weights.
-    pub(super) fn new(range: Codes, symmetric: bool, group: usize) -> Self {
+    /// A search for groups of `len` weights.
+    pub(super) fn new(range: Codes, symmetric: bool, len: usize) -> Self {
         let bits = (range.steps() as u32 + 1).ilog2();
-        let wide = group > 512;
+        let wide = len > 512;
         let clips = if wide { far(bits) } else { near(bits) };
         let mut candidates: Vec<_> = clips
             .iter()
@@ -73,58 +100,126 @@ impl Search {
                 clips.push(Clip { middle: false, ..clips[i] });
             }
         }
+        let batch = (BATCH / len).max(1);
+        let none = Fit { scale: 0.0, zero_point: 0.0 };
+        let unit = Unit { value: 1.0, reciprocal: 1.0 };
+        let group = Group {
+            unit,
+            min: 0.0,
+            max: 0.0,
+            to_small: 1.0,
+            nominee: none,
+            best: none,
+            error: 0.0,
+            open: false,
+        };
         Self {
             range,
             symmetric,
+            len,
             clips,
             refit: bits <= 5,
-            moments: vec![Moments { xq: 0, qq: 0 }; candidates.len()],
+            trials: vec![Trial::default(); candidates.len() * batch],
             candidates,
-            weights: vec![0.0; group],
-            small: vec![0; group.min(SAMPLE)],
-            squares: vec![[0.0; LANES]; group.div_ceil(LANES)],
+            groups: vec![group; batch],
+            weights: vec![[0.0; LANES]; batch * len.div_ceil(LANES)],
+            lanes: len.div_ceil(LANES),
+            small: vec![0; batch * len.min(SAMPLE)],
         }
     }
 
-    /// Encodes a group into `out`.
+    /// Encodes the groups of a row: their codes into `out`, scales and zero points into `fits`.
     #[inline(always)]
-    pub(super) fn encode_group<E: Element>(&mut self, group: &[E::Raw], out: &mut [u8]) -> Fit {
-        let extremes = E::extremes(group);
-        let magnitude = extremes.magnitude();
-        let reference = fit::<E>(self.range, self.symmetric, extremes);
-        if !MODERATE.contains(&magnitude) || !MODERATE.contains(&reference.scale) {
-            codes::<E>(self.range, self.symmetric, reference, group, out);
-            return reference;
+    pub(super) fn encode_row<E: Element>(
+        &mut self,
+        row: &[E::Raw],
+        out: &mut [u8],
+        fits: &mut [Fit],
+    ) {
+        let batch = self.groups.len();
+        let rows = row.chunks(batch * self.len);
+        let outs = out.chunks_mut(batch * self.len);
+        for ((row, out), fits) in rows.zip(outs).zip(fits.chunks_mut(batch)) {
+            let groups = fits.len();
+            self.load::<E>(row);
+            for g in 0..groups {
+                self.groups[g].error = self.error(g, self.groups[g].best);
+            }
+            if self.refit {
+                self.nominate(groups);
+                for g in 0..groups {
+                    self.consider::<E>(g, self.groups[g].nominee);
+                }
+            } else {
+                for i in 0..self.clips.len() {
+                    for g in 0..groups {
+                        let Group { min, max, .. } = self.groups[g];
+                        self.consider::<E>(g, self.clipped(self.clips[i], min, max));
+                    }
+                }
+            }
+            self.finish::<E>(row, out, fits);
         }
-        let unit = Unit::of(magnitude);
-        for (x, &raw) in self.weights.iter_mut().zip(group) {
-            *x = E::widen(raw) * unit.reciprocal;
-        }
-        let (min, max) = (extremes.min * unit.reciprocal, extremes.max * unit.reciprocal);
-        let reference = unit.load(reference);
-        let nominee = if self.refit { self.nominate(min, max) } else { reference };
-        let candidates = if self.refit { 1 } else { self.clips.len() };
-        let (mut best, mut least) = (reference, f32::INFINITY);
-        for i in 0..=candidates {
-            let candidate = match i {
-                0 => reference,
-                _ if self.refit => unit.as_stored::<E>(nominee),
-                _ => unit.as_stored::<E>(self.clipped(self.clips[i - 1], min, max)),
-            };
-            let error = self.error(candidate);
-            // Not so for the NaN of a scale that was rounded to zero.
-            if error < least {
-                // A sum's own rounding must not prefer what is worse than the reference.
-                least = if i == 0 { error * (1.0 - 1.0 / 65536.0) } else { error };
-                best = candidate;
+    }
+
+    /// Takes in the groups of `row`.
+    #[inline(always)]
+    fn load<E: Element>(&mut self, row: &[E::Raw]) {
+        let groups = row.chunks_exact(self.len).zip(self.weights.chunks_exact_mut(self.lanes));
+        for ((raw, weights), group) in groups.zip(&mut self.groups) {
+            let extremes = E::extremes(raw);
+            let magnitude = extremes.magnitude();
+            let reference = fit::<E>(self.range, self.symmetric, extremes);
+            let open = MODERATE.contains(&magnitude) && MODERATE.contains(&reference.scale);
+            let unit = Unit::of(if open { magnitude } else { 1.0 });
+            let (min, max) = if open { (extremes.min, extremes.max) } else { (-1.0, 1.0) };
+            let (min, max) = (min * unit.reciprocal, max * unit.reciprocal);
+            let largest = if -min > max { min } else { max };
+            // If symmetric, the largest magnitude becomes the smallest integer, which gets the
+            // smallest code.
+            let to_small = SMALL / if self.symmetric { -largest } else { largest.abs() };
+            let (nominee, best) = (unit.load(reference), unit.load(reference));
+            *group = Group { unit, min, max, to_small, nominee, best, error: 0.0, open };
+            for (x, &raw) in weights.as_flattened_mut().iter_mut().zip(raw) {
+                *x = E::widen(raw) * unit.reciprocal;
+            }
+            if !open {
+                weights.fill([0.0; LANES]);
             }
         }
-        let reciprocal = 1.0 / best.scale;
-        let (low, high) = self.range.less(best.zero_point);
-        for (&x, out) in self.weights.iter().zip(out) {
-            *out = self.range.byte(clamp(x * reciprocal, low, high) + best.zero_point);
+    }
+
+    /// Makes `candidate`, as stored, the best of a group if its error is smaller.
+    #[inline(always)]
+    fn consider<E: Element>(&mut self, g: usize, candidate: Fit) {
+        let candidate = self.groups[g].unit.as_stored::<E>(candidate);
+        let error = self.error(g, candidate);
+        let group = &mut self.groups[g];
+        // Not so for the NaN of a scale that was rounded to zero. A sum's own rounding must not
+        // prefer what is worse, least of all than the reference.
+        if error < group.error * (1.0 - 1.0 / 65536.0) {
+            (group.best, group.error) = (candidate, error);
         }
-        unit.store(best)
+    }
+
+    /// Writes the codes of the groups of `row` and what they were found with.
+    #[inline(always)]
+    fn finish<E: Element>(&self, row: &[E::Raw], out: &mut [u8], fits: &mut [Fit]) {
+        let rows = row.chunks_exact(self.len).zip(self.weights.chunks_exact(self.lanes));
+        let outs = out.chunks_exact_mut(self.len).zip(fits);
+        for (((raw, weights), (out, fit)), group) in rows.zip(outs).zip(&self.groups) {
+            let Fit { scale, zero_point } = group.best;
+            *fit = group.unit.store(group.best);
+            if !group.open {
+                codes::<E>(self.range, self.symmetric, *fit, raw, out);
+                continue;
+            }
+            let reciprocal = 1.0 / scale;
+            let (low, high) = self.range.less(zero_point);
+            for (out, &x) in out.iter_mut().zip(weights.as_flattened()) {
+                *out = self.range.byte(clamp(x * reciprocal, low, high) + zero_point);
+            }
+        }
     }
 
     /// The scale and zero point whose codes cover what `clip` leaves of a group's range.
@@ -140,71 +235,76 @@ impl Search {
         Fit { scale, zero_point }
     }
 
-    /// The candidate whose codes fit best, with the scale that fits them best.
+    /// Finds each group's candidate whose codes fit best, with the scale that fits them best.
     #[inline(always)]
-    fn nominate(&mut self, min: f32, max: f32) -> Fit {
-        let largest = if -min > max { min } else { max };
-        // If symmetric, the largest magnitude becomes the smallest integer, for the smallest code.
-        let to_small = if self.symmetric { -SMALL / largest } else { SMALL / largest.abs() };
-        for (small, &x) in self.small.iter_mut().zip(&self.weights) {
-            *small = (x * to_small + ROUNDING).to_bits() as i16;
-        }
-        if !self.symmetric {
-            for i in 0..self.clips.len() {
-                let fit = self.clipped(self.clips[i], min * to_small, max * to_small);
-                self.candidates[i] = Candidate::new(self.range, fit.scale, fit.zero_point);
+    fn nominate(&mut self, groups: usize) {
+        let (batch, sample) = (self.groups.len(), self.len.min(SAMPLE));
+        for g in 0..groups {
+            let to_small = self.groups[g].to_small;
+            let small = self.small[g * sample..][..sample].iter_mut();
+            for (small, &x) in small.zip(self.weights[g * self.lanes..].as_flattened()) {
+                *small = (x * to_small + ROUNDING).to_bits() as i16;
             }
         }
-        for (moments, candidate) in self.moments.iter_mut().zip(&self.candidates) {
-            *moments = candidate.moments(&self.small);
-        }
-        let (mut best, mut best_gain) = (0, 0.0);
-        for (i, moments) in self.moments.iter().enumerate() {
-            let gain = moments.gain();
-            // Not so for the NaN of codes that are all zero.
-            if gain > best_gain {
-                (best, best_gain) = (i, gain);
+        for g in 0..groups {
+            let Group { min, max, to_small, .. } = self.groups[g];
+            if !self.symmetric {
+                for i in 0..self.clips.len() {
+                    let fit = self.clipped(self.clips[i], min * to_small, max * to_small);
+                    self.candidates[i] = Candidate::new(self.range, fit.scale, fit.zero_point);
+                }
+            }
+            for (k, candidate) in self.candidates.iter().enumerate() {
+                self.trials[k * batch + g] = candidate.try_on(&self.small[g * sample..][..sample]);
             }
         }
-        let (mut moments, mut zero_point) = (self.moments[best], self.candidates[best].zero_point);
+        let (best, others) = self.trials.split_at_mut(batch);
+        for trials in others.chunks_exact(batch) {
+            for (best, trial) in best.iter_mut().zip(trials) {
+                *best = best.or(*trial);
+            }
+        }
         if !self.symmetric {
-            let scale = moments.scale();
-            for step in [-1.0, 1.0] {
-                let zero = self.range.clamp(self.candidates[best].zero_point + step);
-                let neighbour = Candidate::new(self.range, scale, zero).moments(&self.small);
-                let gain = neighbour.gain();
-                if gain > best_gain {
-                    (moments, zero_point, best_gain) = (neighbour, zero, gain);
+            for g in 0..groups {
+                let first = self.trials[g];
+                for step in [-1.0, 1.0] {
+                    let zero = self.range.clamp(first.zero_point + step);
+                    let neighbour = Candidate::new(self.range, first.scale, zero);
+                    let trial = neighbour.try_on(&self.small[g * sample..][..sample]);
+                    self.trials[g] = self.trials[g].or(trial);
                 }
             }
         }
-        Fit { scale: moments.scale() * self.candidates[best].sign / to_small, zero_point }
+        for (group, &Trial { scale, zero_point, .. }) in self.groups.iter_mut().zip(&self.trials) {
+            group.nominee = Fit { scale: scale / group.to_small, zero_point };
+        }
     }
 
-    /// The squared error of the group.
+    /// The squared error of a group.
     #[inline(always)]
-    fn error(&mut self, Fit { scale, zero_point }: Fit) -> f32 {
+    fn error(&self, g: usize, Fit { scale, zero_point }: Fit) -> f32 {
         let reciprocal = 1.0 / scale;
         let (low, high) = self.range.less(zero_point);
-        for (square, &x) in self.squares.as_flattened_mut().iter_mut().zip(&self.weights) {
-            let error = x - round(clamp(x * reciprocal, low, high)) * scale;
-            *square = error * error;
-        }
         let mut sums = [0.0; LANES];
-        for squares in &self.squares {
-            for (sum, square) in sums.iter_mut().zip(squares) {
-                *sum += square;
+        for xs in &self.weights[g * self.lanes..][..self.lanes] {
+            for i in 0..LANES {
+                let error = xs[i] - round(clamp(xs[i] * reciprocal, low, high)) * scale;
+                sums[i] += error * error;
             }
         }
-        let mut width = LANES / 2;
-        while width > 0 {
-            for i in 0..width {
-                sums[i] += sums[i + width];
-            }
-            width /= 2;
-        }
-        sums[0]
+        let [a, b, c, d] = fold::<8, 4>(&fold::<16, 8>(&fold::<LANES, 16>(&sums)));
+        (a + c) + (b + d)
     }
+}
+
+/// The first half of some lanes, plus the second.
+#[inline(always)]
+fn fold<const N: usize, const HALF: usize>(lanes: &[f32; N]) -> [f32; HALF] {
+    let mut half = [0.0; HALF];
+    for i in 0..HALF {
+        half[i] = lanes[i] + lanes[i + HALF];
+    }
+    half
 }
 
 /// A part of a group's range.
@@ -331,9 +431,9 @@ impl Candidate {
         }
     }
 
-    /// The sums over a group with this candidate's codes.
+    /// How well this candidate's codes suit a group.
     #[inline(always)]
-    fn moments(self, group: &[i16]) -> Moments {
+    fn try_on(self, group: &[i16]) -> Trial {
         let (mut xq, mut qq) = (0, 0);
         for &x in group {
             // The nearest integer to `x / scale`, halves up.
@@ -342,28 +442,32 @@ impl Candidate {
             xq += i32::from(x.wrapping_mul(q));
             qq += i32::from(q.wrapping_mul(q));
         }
-        Moments { xq, qq }
+        let (xq, qq) = (xq as f32, qq as f32);
+        let scale = xq / qq;
+        Trial { gain: scale * xq, scale: scale * self.sign, zero_point: self.zero_point }
     }
 }
 
-/// The sums of `x * q` and `q * q` over a group.
-#[derive(Clone, Copy, Debug)]
-struct Moments {
-    xq: i32,
-    qq: i32,
+/// What a candidate's codes are good for.
+#[derive(Clone, Copy, Default, Debug)]
+struct Trial {
+    /// By how much they lower the squared error of no scale at all. NaN if all are zero.
+    gain: f32,
+    /// The scale that suits them best, in small integers.
+    scale: f32,
+    zero_point: f32,
 }
 
-impl Moments {
-    /// The scale that suits the codes best.
+impl Trial {
+    /// The better of the two.
     #[inline(always)]
-    fn scale(self) -> f32 {
-        self.xq as f32 / self.qq as f32
-    }
-
-    /// By how much the codes then lower the squared error of no scale at all.
-    #[inline(always)]
-    fn gain(self) -> f32 {
-        self.scale() * self.xq as f32
+    fn or(self, other: Self) -> Self {
+        let better = other.gain > self.gain;
+        Self {
+            gain: if better { other.gain } else { self.gain },
+            scale: if better { other.scale } else { self.scale },
+            zero_point: if better { other.zero_point } else { self.zero_point },
+        }
     }
 }
 

@@ -187,8 +187,8 @@ impl Net {
                 HEAD_NAMES.join("|").replace('.', r"\."),
                 HEAD_LAYERS.join("|")
             ),
-            Self::SplitAttention => r"re:.*\.(?:q_proj|k_proj|v_proj)$".to_owned(),
-            Self::SplitFeedForward => r"re:.*\.(?:gate_proj|up_proj|gate_up_proj)$".to_owned(),
+            Self::SplitAttention => r"re:(?:.*\.)?(?:q_proj|k_proj|v_proj)$".to_owned(),
+            Self::SplitFeedForward => r"re:(?:.*\.)?(?:gate_proj|up_proj|gate_up_proj)$".to_owned(),
         }
     }
 
@@ -220,5 +220,66 @@ impl Net {
             }
             Self::SplitFeedForward => matches!(leaf, "gate_proj" | "up_proj" | "gate_up_proj"),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use regex::Regex;
+
+    use super::*;
+
+    const MODULES: &[&str] = &[
+        "model.visual.blocks.0.attn.qkv",
+        "vision_tower.layers.3.mlp.fc1",
+        "model.multi_modal_projector.linear_1",
+        "mm_projector",
+        "model.layers.0.vision_experts.up_proj",
+        "model.layers.0.mlp.gate",
+        "model.layers.0.mlp.gate_proj",
+        "block.1.layer.2.mlp.router",
+        "lm_head",
+        "model.lm_head",
+        "lm_head.decoder",
+        "decoder.lm_heads.3",
+        "cls.predictions.decoder",
+        "roberta.lm_header",
+        "classifier.out_proj",
+        "layers.0.self_attn.q_proj",
+        "layers.0.self_attn.o_proj",
+        "layers.0.mlp.up_proj",
+        "q_proj",
+    ];
+
+    #[test]
+    fn a_pattern_matches_what_its_net_does() {
+        for net in Net::ALL {
+            let pattern = net.pattern();
+            let pattern = pattern.strip_prefix("re:").expect("a pattern");
+            let regex = Regex::new(&format!("^(?:{pattern})")).expect("it compiles");
+            for module in MODULES {
+                assert_eq!(regex.is_match(module), net.matches(module), "{net:?} {module}");
+            }
+        }
+    }
+
+    #[test]
+    fn nothing_that_is_quantized_is_ignored() {
+        let gate =
+            KeptModule { name: "model.layers.0.mlp.gate", kind: Kind::Doubtful(Reason::Router) };
+        let list = ignore(&[gate], &["model.layers.0.mlp.up_proj"]);
+        assert!(list.contains(&"layers.0.mlp.gate".to_owned()));
+        assert!(list.iter().any(|entry| entry.starts_with("re:") && entry.contains("router")));
+        let list = ignore(&[gate], &["layers.0.mlp.gate"]);
+        assert!(!list.contains(&"layers.0.mlp.gate".to_owned()));
+        assert!(!list.iter().any(|entry| entry.contains("router")));
+    }
+
+    #[test]
+    fn a_language_model_is_found_on_either_side_of_model() {
+        let names = loader_names("language_model.model.layers.0.mlp.gate");
+        assert!(names.contains(&"model.language_model.layers.0.mlp.gate".to_owned()));
+        let names = loader_names("vit.encoder.layer.0.attention.attention.query");
+        assert!(names.contains(&"vit.layers.0.attention.q_proj".to_owned()));
     }
 }

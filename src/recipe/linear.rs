@@ -447,7 +447,7 @@ fn is_rearranged(model_type: &str, module: &str, leaf: &str) -> bool {
         }
         "ernie4_5_vl_moe" => module.contains(".experts."),
         // Its own quantized Linear, with integer buffers beside the weight.
-        "ibert" => true,
+        "ibert" => module.contains("encoder."),
         _ => false,
     }
 }
@@ -700,4 +700,166 @@ fn is_linear_word(word: &str) -> bool {
         "adapter",
     ];
     WORDS.contains(&word)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    /// A name, a shape, the length of the bias beside it (0 for none) and the kind.
+    type Case = (&'static str, &'static [u64], u64, Kind);
+
+    #[track_caller]
+    fn check(config: Value, cases: &[Case]) {
+        let biases: Vec<(String, [u64; 1])> = cases
+            .iter()
+            .filter(|(_, _, bias, _)| *bias > 0)
+            .map(|(name, _, bias, _)| (name.replace(".weight", ".bias"), [*bias]))
+            .collect();
+        let mut entries: Vec<Entry<'_>> =
+            cases.iter().map(|(name, shape, _, _)| Entry { name, shape, is_float: true }).collect();
+        entries.extend(biases.iter().map(|(name, shape)| Entry { name, shape, is_float: true }));
+        let kinds = classify(&entries, Some(&config));
+        for ((name, _, _, expected), kind) in cases.iter().zip(kinds) {
+            assert_eq!(kind, *expected, "{name}");
+        }
+    }
+
+    const TABLE: Kind = Kind::Other(Reason::Embedding);
+    const TRANSPOSED: Kind = Kind::Other(Reason::TransposedConv1d);
+    const HEAD: Kind = Kind::Spared(Reason::OutputHead);
+
+    #[test]
+    fn a_llama_is_quantized_but_for_its_tables_and_its_head() {
+        check(
+            json!({"model_type": "llama", "vocab_size": 512}),
+            &[
+                ("lm_head.weight", &[512, 128], 0, HEAD),
+                ("model.embed_tokens.weight", &[512, 128], 0, TABLE),
+                ("model.layers.0.self_attn.q_proj.weight", &[128, 128], 0, Kind::Linear),
+                ("model.layers.0.mlp.down_proj.weight", &[128, 256], 0, Kind::Linear),
+                ("model.norm.weight", &[128], 0, Kind::Other(Reason::NotAMatrix)),
+            ],
+        );
+    }
+
+    #[test]
+    fn one_oblong_bias_shows_that_square_weights_are_transposed_too() {
+        check(
+            json!({}),
+            &[
+                ("h.0.attn.c_attn.weight", &[128, 384], 384, TRANSPOSED),
+                ("h.0.attn.c_proj.weight", &[128, 128], 128, TRANSPOSED),
+                ("wpe.weight", &[64, 128], 0, TABLE),
+            ],
+        );
+        check(
+            json!({"model_type": "gpt_bigcode"}),
+            &[
+                ("h.0.attn.c_attn.weight", &[192, 128], 192, Kind::Linear),
+                ("h.0.attn.c_proj.weight", &[128, 128], 128, Kind::Linear),
+            ],
+        );
+    }
+
+    #[test]
+    fn a_gate_is_a_router_and_a_gate_projection_is_not() {
+        check(
+            json!({}),
+            &[
+                ("layers.0.mlp.gate.weight", &[8, 128], 0, Kind::Doubtful(Reason::Router)),
+                ("layers.0.mlp.gate_proj.weight", &[256, 128], 0, Kind::Linear),
+                ("layers.0.mlp.experts.0.gate_proj.weight", &[128, 128], 0, Kind::Linear),
+                ("layers.0.mlp.router.weight", &[8, 128], 8, Kind::Doubtful(Reason::Router)),
+                (
+                    "layers.0.mlp.experts.gate_up_proj",
+                    &[8, 128, 256],
+                    0,
+                    Kind::Other(Reason::NotAMatrix),
+                ),
+            ],
+        );
+    }
+
+    #[test]
+    fn an_encoder_is_a_tower_only_beside_a_language_model() {
+        let tower = ("vision_tower.layers.0.mlp.fc1.weight", &[256u64, 128][..], 256);
+        let spared = Kind::Spared(Reason::VisionTower);
+        check(
+            json!({}),
+            &[
+                (tower.0, tower.1, tower.2, spared),
+                ("vision_tower.position_embedding.weight", &[16, 128], 0, TABLE),
+                (
+                    "multi_modal_projector.linear_1.weight",
+                    &[128, 128],
+                    128,
+                    Kind::Spared(Reason::Projector),
+                ),
+                ("language_model.model.embed_tokens.weight", &[512, 128], 0, TABLE),
+                ("language_model.model.layers.0.mlp.up_proj.weight", &[256, 128], 0, Kind::Linear),
+            ],
+        );
+        check(json!({}), &[(tower.0, tower.1, tower.2, Kind::Linear)]);
+        check(
+            json!({}),
+            &[
+                (tower.0, tower.1, tower.2, Kind::Linear),
+                ("logit_scale", &[], 0, Kind::Other(Reason::NotAMatrix)),
+                ("text_model.embeddings.token_embedding.weight", &[512, 128], 0, TABLE),
+            ],
+        );
+    }
+
+    #[test]
+    fn what_is_only_read_or_rearranged_is_not_quantized() {
+        check(
+            json!({}),
+            &[
+                ("head.attention.in_proj_weight", &[384, 128], 0, Kind::Other(Reason::NotAMatrix)),
+                (
+                    "head.attention.out_proj.weight",
+                    &[128, 128],
+                    128,
+                    Kind::Doubtful(Reason::FusedAttention),
+                ),
+            ],
+        );
+        check(
+            json!({"model_type": "nomic_bert"}),
+            &[
+                (
+                    "encoder.layers.0.attn.Wqkv.weight",
+                    &[384, 128],
+                    0,
+                    Kind::Doubtful(Reason::Rearranged),
+                ),
+                ("encoder.layers.0.attn.out_proj.weight", &[128, 128], 0, Kind::Linear),
+            ],
+        );
+    }
+
+    #[test]
+    fn a_name_that_nothing_is_known_of_needs_a_bias() {
+        check(
+            json!({}),
+            &[
+                ("layers.0.blend.weight", &[128, 128], 0, Kind::Doubtful(Reason::Unproven)),
+                ("layers.0.mingle.weight", &[128, 128], 128, Kind::Linear),
+                ("layers.0.twist.weight", &[128, 256], 64, Kind::Doubtful(Reason::Unproven)),
+            ],
+        );
+    }
+
+    #[test]
+    fn fused_groups_join_what_engines_load_as_one() {
+        let group = |module| fused_group(module);
+        assert_eq!(group("a.q_proj"), group("a.v_proj"));
+        assert_eq!(group("a.gate_proj"), group("a.up_proj"));
+        assert_ne!(group("a.q_proj"), group("b.q_proj"));
+        assert_ne!(group("a.q_proj"), group("a.up_proj"));
+        assert_eq!(group("a.o_proj"), None);
+    }
 }

@@ -81,6 +81,22 @@ pub enum Decision {
     },
 }
 
+/// The schemes that a format offers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Schemes {
+    /// For every weight but those of experts.
+    pub dense: Scheme,
+    /// For the weights of experts that are stored one by one. Loaders that join them into one
+    /// tensor read them all with one scheme, and not with every scheme.
+    pub experts: Scheme,
+}
+
+impl From<Scheme> for Schemes {
+    fn from(scheme: Scheme) -> Self {
+        Self { dense: scheme, experts: scheme }
+    }
+}
+
 /// A decision for every tensor of a catalog, with its reason.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Assignment {
@@ -90,7 +106,7 @@ pub struct Assignment {
 }
 
 impl Assignment {
-    /// Decides for every tensor, offering `scheme` to each.
+    /// Decides for every tensor, offering one of `schemes` to each.
     ///
     /// Quantized is what is provably the weight of a Linear (see [`linear`]), is not spared for the
     /// part it plays unless `--only` names it, passes the request's patterns, and is accepted by
@@ -102,9 +118,9 @@ impl Assignment {
         catalog: &Catalog,
         config: Option<&Value>,
         request: &Request,
-        scheme: Scheme,
+        schemes: impl Into<Schemes>,
     ) -> Result<Self> {
-        Self::decide(catalog, config, request, scheme, Ends::Keep)
+        Self::decide(catalog, config, request, schemes.into(), Ends::Keep)
     }
 
     /// As [`new`](Self::new), for a loader that takes token embeddings and the output head
@@ -116,17 +132,17 @@ impl Assignment {
         catalog: &Catalog,
         config: Option<&Value>,
         request: &Request,
-        scheme: Scheme,
+        schemes: impl Into<Schemes>,
     ) -> Result<Self> {
         let ends = if is_untied(config) { Ends::QuantizeBoth } else { Ends::QuantizeEmbedding };
-        Self::decide(catalog, config, request, scheme, ends)
+        Self::decide(catalog, config, request, schemes.into(), ends)
     }
 
     fn decide(
         catalog: &Catalog,
         config: Option<&Value>,
         request: &Request,
-        scheme: Scheme,
+        schemes: Schemes,
         ends: Ends,
     ) -> Result<Self> {
         quantized::refuse(catalog, config)?;
@@ -146,7 +162,7 @@ impl Assignment {
             .tensors()
             .iter()
             .zip(&kinds)
-            .map(|(tensor, kind)| decide(tensor, *kind, &skip, &only, scheme, ends))
+            .map(|(tensor, kind)| decide(tensor, *kind, &skip, &only, schemes, ends))
             .collect();
         keep_fused_together(catalog, &mut decisions);
         let mut warnings = Vec::new();
@@ -160,6 +176,26 @@ impl Assignment {
             warnings.push("nothing is left to quantize: shown as it is".to_owned());
         } else if config.is_none() {
             warnings.push("no config.json, so nothing declares the quantization".to_owned());
+        }
+        let experts = |wanted: &dyn Fn(&Decision) -> bool| {
+            catalog.tensors().iter().zip(&kinds).zip(&decisions).any(|((t, kind), d)| {
+                *kind == Kind::Linear && is_expert(module_of(&t.name)) && wanted(d)
+            })
+        };
+        if experts(&|decision| matches!(decision, Decision::Keep { .. }))
+            && decisions.iter().any(|decision| matches!(decision, Decision::Quantize(_)))
+        {
+            warnings.push(
+                "experts are kept: transformers 5 can't load them into a quantized model"
+                    .to_owned(),
+            );
+        } else if schemes.experts != schemes.dense
+            && experts(&|decision| matches!(decision, Decision::Quantize(_)))
+        {
+            warnings.push(
+                "experts have a scheme of their own: loaders read them packed, symmetric and alike"
+                    .to_owned(),
+            );
         }
         let ignore = ignored(catalog, &kinds, &decisions);
         Ok(Self { decisions, ignore, warnings })
@@ -197,6 +233,16 @@ pub fn module_of(tensor: &str) -> &str {
     tensor.rsplit_once('.').map_or(tensor, |(module, _)| module)
 }
 
+/// Whether the module belongs to one of several experts that are stored one by one.
+pub fn is_expert(module: &str) -> bool {
+    module.split_once("experts.").is_some_and(|(parent, rest)| {
+        let expert = rest.split('.').next().unwrap_or(rest);
+        (parent.is_empty() || parent.ends_with('.'))
+            && !expert.is_empty()
+            && expert.bytes().all(|byte| byte.is_ascii_digit())
+    })
+}
+
 fn is_float(dtype: Dtype) -> bool {
     matches!(dtype, Dtype::F16 | Dtype::BF16 | Dtype::F32 | Dtype::F64)
 }
@@ -232,7 +278,7 @@ fn decide(
     kind: Kind,
     skip: &Patterns,
     only: &Patterns,
-    scheme: Scheme,
+    schemes: Schemes,
     ends: Ends,
 ) -> Decision {
     let keep = |reason: Cow<'static, str>| Decision::Keep { reason, linear: kind.may_be_linear() };
@@ -251,6 +297,7 @@ fn decide(
     if let Some(pattern) = skip.find(module) {
         return keep(format!("--skip {pattern:?}").into());
     }
+    let scheme = if is_expert(module) { schemes.experts } else { schemes.dense };
     match scheme.accepts(tensor.dtype, &tensor.shape) {
         Ok(()) => Decision::Quantize(scheme),
         Err(reason) => keep(reason.into()),

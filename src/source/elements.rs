@@ -285,15 +285,17 @@ mod tests {
     fn integers_and_booleans_are_their_values() {
         let bytes: Vec<u8> = (0..=255).collect();
         let found: Vec<f32> = decode(Dtype::U8, &bytes);
-        assert!(found.iter().zip(0u8..).all(|(found, byte)| *found == f32::from(byte)));
+        assert!(found.iter().zip(0..=u8::MAX).all(|(found, byte)| *found == f32::from(byte)));
         let found: Vec<f32> = decode(Dtype::I8, &bytes);
-        assert!(found.iter().zip(0u8..).all(|(found, byte)| *found == f32::from(byte as i8)));
+        assert!(found.iter().zip(0..=u8::MAX).all(|(found, byte)| *found == f32::from(byte as i8)));
         assert_eq!(decode(Dtype::BOOL, &[0, 1, 2, 255]), [0.0, 1.0, 1.0, 1.0]);
         let codes: Vec<u8> = (0..=u16::MAX).flat_map(u16::to_le_bytes).collect();
         let found = decode(Dtype::U16, &codes);
-        assert!(found.iter().zip(0u16..).all(|(found, code)| *found == f32::from(code)));
+        assert!(found.iter().zip(0..=u16::MAX).all(|(found, code)| *found == f32::from(code)));
         let found = decode(Dtype::I16, &codes);
-        assert!(found.iter().zip(0u16..).all(|(found, code)| *found == f32::from(code as i16)));
+        assert!(
+            found.iter().zip(0..=u16::MAX).all(|(found, code)| *found == f32::from(code as i16))
+        );
     }
 
     #[test]

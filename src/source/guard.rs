@@ -193,12 +193,12 @@ fn install() -> io::Result<()> {
 #[expect(unsafe_code, reason = "a signal handler is given raw pointers")]
 extern "C" fn on_sigbus(signal: c_int, info: *mut libc::siginfo_t, context: *mut c_void) {
     // SAFETY: with SA_SIGINFO the kernel passes a valid `siginfo_t`.
-    let code = unsafe { (*info).si_code };
+    let details = unsafe { &*info };
     // A code above zero comes from the kernel, and a fault's carries its address. What another
     // process sends carries its process id in the same place.
-    if code > 0 {
+    if details.si_code > 0 {
         // SAFETY: for SIGBUS from the kernel `si_addr` is the member of the union that is set.
-        let address = unsafe { (*info).si_addr() }.addr();
+        let address = unsafe { details.si_addr() }.addr();
         if absorb(address) {
             return;
         }
@@ -432,7 +432,9 @@ mod tests {
         }
         extern "C" fn leave_with_address(_: c_int, info: *mut libc::siginfo_t, _: *mut c_void) {
             // SAFETY: the kernel passes a valid one.
-            let is_set = unsafe { !(*info).si_addr().is_null() };
+            let details = unsafe { &*info };
+            // SAFETY: for SIGBUS from the kernel it is the member of the union that is set.
+            let is_set = unsafe { !details.si_addr().is_null() };
             // SAFETY: as above.
             unsafe { libc::_exit(if is_set { 43 } else { 1 }) };
         }
