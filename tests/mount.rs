@@ -214,6 +214,13 @@ fn metadata_is_answered_while_every_read_waits_for_a_source_that_has_stalled() {
                 assert!(page[..] == bytes[from..from + 4096]);
             });
         }
+        // Should the probes below wait for the source too, they shall fail and not hang.
+        let (probed, probes) = std::sync::mpsc::channel::<()>();
+        let source = &source;
+        scope.spawn(move || {
+            let _ = probes.recv_timeout(Duration::from_secs(10));
+            source.signal(Signal::CONT);
+        });
         std::thread::sleep(Duration::from_millis(300));
         let started = Instant::now();
         for name in 0..50 {
@@ -223,8 +230,7 @@ fn metadata_is_answered_while_every_read_waits_for_a_source_that_has_stalled() {
         let listed = fs::read_dir(&mount.mountpoint).expect("listed").count();
         rustix::fs::statvfs(&mount.mountpoint).expect("an answer");
         let took = started.elapsed();
-        // The readers end before anything is asserted that would keep the scope waiting for them.
-        source.signal(Signal::CONT);
+        drop(probed);
         assert!(took < Duration::from_secs(5), "{took:?}");
         assert_eq!(listed, expected.len());
     });
@@ -259,7 +265,11 @@ fn a_signal_unmounts() {
     for signal in [Signal::INT, Signal::TERM, Signal::HUP] {
         let mount = place.mount(&model, "q", &[]);
         let device = place.status(&mount.mountpoint)["device"].clone();
-        let socket = device.as_str().expect("a device").replace(':', "-") + ".sock";
+        let socket = format!(
+            "{}-{}.sock",
+            device.as_str().expect("a device").replace(':', "-"),
+            place.status(&mount.mountpoint)["pid"]
+        );
         let is_there = || sockets().iter().any(|path| path.ends_with(&socket));
         assert!(is_there());
         mount.signal(signal);
@@ -345,6 +355,25 @@ fn two_mounts_of_one_model_are_told_apart_and_unmounted_together() {
 }
 
 #[test]
+fn mounts_that_come_and_go_at_once_leave_each_other_alone() {
+    let place = Place::new();
+    let model = support::llama(&place.path("model"));
+    std::thread::scope(|scope| {
+        for thread in 0..4 {
+            let (place, model) = (&place, &model);
+            scope.spawn(move || {
+                for _ in 0..8 {
+                    // The kernel gives the number of the last to go to the next to come.
+                    let mount = place.mount(model, &format!("q{thread}"), &[]);
+                    assert!(fs::read(mount.mountpoint.join("config.json")).is_ok());
+                    unmount_by_system(&mount.mountpoint);
+                }
+            });
+        }
+    });
+}
+
+#[test]
 fn in_the_foreground_it_says_when_it_is_ready_and_ends_on_ctrl_c() {
     let place = Place::new();
     let model = support::llama(&place.path("model"));
@@ -366,6 +395,22 @@ fn in_the_foreground_it_says_when_it_is_ready_and_ends_on_ctrl_c() {
     assert!(output.status.success(), "{output:?}");
     assert!(complaint(&output).contains("is unmounted"), "{output:?}");
     assert_eq!(mounts_on(&mountpoint), 0);
+}
+
+#[test]
+fn the_process_in_the_background_holds_on_to_nothing_of_its_caller() {
+    let place = Place::new();
+    let model = support::llama(&place.path("model"));
+    let mount = place.mount(&model, "q", &[]);
+    let status = place.status(&mount.mountpoint);
+    let pid = status["pid"].as_i64().expect("a number");
+    let link = |name: &str| fs::read_link(format!("/proc/{pid}/{name}")).expect("read");
+    assert_eq!(link("cwd"), Path::new("/"));
+    assert_eq!(link("fd/0"), Path::new("/dev/null"));
+    assert_eq!(link("fd/1"), Path::new("/dev/null"));
+    assert_eq!(link("fd/2"), Path::new(status["log"].as_str().expect("a path")));
+    let pid = rustix::process::Pid::from_raw(pid as i32);
+    assert_eq!(rustix::process::getsid(pid).ok(), pid, "it leads a session of its own");
 }
 
 #[test]

@@ -113,7 +113,7 @@ pub fn daemonize(
         reported = true;
         let told = report(&Report::Ready(ready));
         // Whoever was to wait is gone, and so would nobody know of the mount.
-        told.and_then(|()| detach_stdio(log))
+        told.and_then(|()| let_go(log))
             .map_err(|cause| Error::io("nobody waits for the mount any more", cause))
     });
     if let (false, Err(error)) = (reported, &outcome) {
@@ -131,7 +131,9 @@ fn report(report: &Report) -> std::io::Result<()> {
     out.flush()
 }
 
-fn detach_stdio(log: Option<&File>) -> std::io::Result<()> {
+/// Gives up what the caller lent: its directory, which could not be unmounted, and its terminal.
+fn let_go(log: Option<&File>) -> std::io::Result<()> {
+    std::env::set_current_dir("/")?;
     let null = OpenOptions::new().read(true).write(true).open("/dev/null")?;
     rustix::stdio::dup2_stdout(&null)?;
     rustix::stdio::dup2_stderr(log.unwrap_or(&null))?;

@@ -11,11 +11,14 @@ mod status;
 mod table;
 mod unmount;
 
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::thread::JoinHandle;
 
+use rustix::event::{PollFd, PollFlags, Timespec};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
-use signal_hook::iterator::Signals;
+use signal_hook::iterator::{Handle, Signals};
 
 pub use background::{Ready, daemonize, start};
 pub use places::open_log;
@@ -27,7 +30,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::{Counters, Session};
 use crate::view::View;
 use kernel::Detached;
-use table::Device;
+use table::{Device, Pulse};
 
 /// What the kernel reads ahead of a reader at most, in KiB; its default of 128 keeps too few
 /// requests in flight. Only root may raise it.
@@ -60,77 +63,108 @@ pub fn run(
     preflight::check_outside(&mountpoint, view.root())?;
 
     // From here on, so that none ends the process between mounting and unmounting.
-    let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP])
+    let signals = Signals::new([SIGINT, SIGTERM, SIGHUP])
         .map_err(|cause| Error::io("signal handlers", cause))?;
     let device = kernel::attach(view.root(), &mountpoint, options.allow_other)?;
-    let attached = Attached::new(&mountpoint).inspect_err(|_| {
+    let attached = Attached::new(&mountpoint, &device).inspect_err(|_| {
         let _ = kernel::detach(&mountpoint);
     })?;
+    let attached = Arc::new(attached);
+    let outcome = serve(view, device, &attached, signals, &mountpoint, options, ready);
+    let attached = Arc::into_inner(attached).expect("its other holder has ended");
+    if let Err(error) = attached.clear() {
+        tracing::error!("{error}");
+    }
+    tracing::info!("{} is unmounted", mountpoint.display());
+    outcome
+}
+
+/// Serves what is attached until it is detached.
+fn serve(
+    view: Arc<View>,
+    device: OwnedFd,
+    attached: &Arc<Attached>,
+    signals: Signals,
+    mountpoint: &Path,
+    options: &Options,
+    ready: &mut dyn FnMut(Ready) -> Result<()>,
+) -> Result<()> {
     let owner = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
     let session = Session::open(view.clone(), device, owner)?;
-    raise_read_ahead(attached.device);
+    raise_read_ahead(attached.number);
 
-    let status = describe(&view, attached.device, &mountpoint, options.log.clone());
+    let status = describe(&view, attached.number, mountpoint, options.log.clone());
     let answer = figures(status.clone(), view, session.counters());
-    let server = status::Server::start(attached.device, answer);
+    let server = status::Server::start(attached.number, answer);
     if let Err(error) = &server {
         tracing::warn!("{error}: `aq-fs status` will know little of this mount");
     }
-    let handle = signals.handle();
-    let number = attached.device;
-    let listener = std::thread::Builder::new()
-        .name("signals".to_owned())
-        .spawn(move || end_on_signal(&mut signals, number))
-        .map_err(|cause| Error::io("signal thread", cause))?;
+    let _listener = SignalListener::start(signals, attached.clone())?;
     tracing::info!("{} is mounted on {}", status.model.display(), mountpoint.display());
-    let outcome = ready(Ready {
-        mountpoint: mountpoint.clone(),
+    ready(Ready {
+        mountpoint: mountpoint.to_owned(),
         model: status.model,
         shown_as: status.shown_as,
         source_bytes: status.source_bytes,
         shown_bytes: status.shown_bytes,
         warnings: status.warnings,
-    })
-    .and_then(|()| session.run());
-
-    handle.close();
-    let _ = listener.join();
-    drop(server);
-    drop(attached);
-    tracing::info!("{} is unmounted", mountpoint.display());
-    outcome
+    })?;
+    session.run()
 }
 
-/// A mount made by this process; it is detached when this is dropped, if it still is there.
+/// A mount made by this process.
 #[derive(Debug)]
 struct Attached {
-    device: Device,
+    number: Device,
+    /// Tells whether the kernel still has the file system.
+    device: OwnedFd,
 }
 
 impl Attached {
-    /// What was just mounted on `mountpoint`.
-    fn new(mountpoint: &Path) -> Result<Self> {
+    /// What was just mounted on `mountpoint` for `device`.
+    fn new(mountpoint: &Path, device: &OwnedFd) -> Result<Self> {
         let entry = table::mount_at(mountpoint)?.filter(table::Entry::is_ours);
-        entry.map(|entry| Self { device: entry.device }).ok_or_else(|| {
-            Error::new(ErrorKind::Io, format!("{}: vanished at once", mountpoint.display()))
-        })
+        let Some(entry) = entry else {
+            let why = format!("{}: vanished at once", mountpoint.display());
+            return Err(Error::new(ErrorKind::Io, why));
+        };
+        let device = device.try_clone().map_err(|cause| Error::io("/dev/fuse", cause))?;
+        Ok(Self { number: entry.device, device })
     }
-}
 
-impl Drop for Attached {
-    fn drop(&mut self) {
-        if let Err(error) = detach_all(self.device) {
-            tracing::error!("{error}");
+    /// Detaches it wherever it is seen, unless it is gone already; says whether it was in use.
+    fn detach(&self) -> Result<Detached> {
+        // Once it is gone, its number may be that of another.
+        match is_connected(&self.device) {
+            true => detach_where(self.number, |_| true),
+            false => Ok(Detached::Idle),
         }
     }
+
+    /// Detaches what is left of it after its session.
+    fn clear(self) -> Result<Detached> {
+        drop(self.device);
+        detach_where(self.number, |path| table::pulse(path) == Pulse::Dead)
+    }
 }
 
-/// Detaches a file system wherever it is seen; says whether it was in use anywhere. By its number,
-/// as another may have been mounted at the same path since.
-fn detach_all(device: Device) -> Result<Detached> {
+/// Whether the file system that `device` serves is still there.
+fn is_connected(device: &OwnedFd) -> bool {
+    let mut fds = [PollFd::new(device, PollFlags::empty())];
+    match rustix::event::poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })) {
+        Ok(_) => !fds[0].revents().contains(PollFlags::ERR),
+        Err(_) => false,
+    }
+}
+
+/// Detaches a file system from the paths, of those where it is seen, that `may` admits.
+fn detach_where(number: Device, may: impl Fn(&Path) -> bool) -> Result<Detached> {
     let mut detached = Detached::Idle;
-    for entry in table::mounts()?.into_iter().rev().filter(|entry| entry.device == device) {
-        let on_top = table::mount_at(&entry.path)?.is_some_and(|top| top.device == device);
+    for entry in table::mounts()?.into_iter().rev() {
+        if entry.device != number || !may(&entry.path) {
+            continue;
+        }
+        let on_top = table::mount_at(&entry.path)?.is_some_and(|top| top.device == number);
         if !on_top {
             let path = entry.path.display();
             let why = format!("{path}: can't be unmounted, as another mount covers it");
@@ -143,15 +177,42 @@ fn detach_all(device: Device) -> Result<Detached> {
     Ok(detached)
 }
 
+/// A thread that waits for signals, until this is dropped.
+#[derive(Debug)]
+struct SignalListener {
+    handle: Handle,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl SignalListener {
+    fn start(mut signals: Signals, attached: Arc<Attached>) -> Result<Self> {
+        let handle = signals.handle();
+        let thread = std::thread::Builder::new()
+            .name("signals".to_owned())
+            .spawn(move || end_on_signal(&mut signals, &attached))
+            .map_err(|cause| Error::io("signal thread", cause))?;
+        Ok(Self { handle, thread: Some(thread) })
+    }
+}
+
+impl Drop for SignalListener {
+    fn drop(&mut self) {
+        self.handle.close();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
 /// The first signal unmounts; the session then ends with its last reader. The second ends it now.
-fn end_on_signal(signals: &mut Signals, device: Device) {
+fn end_on_signal(signals: &mut Signals, attached: &Attached) {
     let mut unmounted = false;
     for signal in signals.forever() {
         if unmounted {
             tracing::warn!("ended with files still in use");
             std::process::exit(128 + signal);
         }
-        match detach_all(device) {
+        match attached.detach() {
             Ok(Detached::Idle) => {}
             Ok(Detached::Busy) => tracing::warn!(
                 "in use: unmounted, and served until the last reader closes its files; \

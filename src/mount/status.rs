@@ -92,8 +92,13 @@ pub fn list() -> Result<Vec<Mount>> {
         .into_iter()
         .filter(Entry::is_ours)
         .map(|entry| {
-            let answer = answers.iter().position(|status| status.device == entry.device);
-            let status = answer.map(|at| answers.swap_remove(at));
+            let of_it = |status: &Status| status.device == entry.device;
+            // An earlier one of that number may not quite have ended.
+            let latest = answers.iter().enumerate().filter(|(_, status)| of_it(status));
+            let latest = latest
+                .max_by_key(|(_, status)| (status.mountpoint == entry.path, status.mounted_at));
+            let latest = latest.map(|(at, _)| at);
+            let status = latest.map(|at| answers.swap_remove(at));
             let state = match status {
                 Some(_) => State::Mounted,
                 None => match table::pulse(&entry.path) {
@@ -120,8 +125,15 @@ pub fn list() -> Result<Vec<Mount>> {
 
 /// The process that serves `device`, if it is this user's, whether it answers or not.
 pub(super) fn process_of(device: Device) -> Option<Pid> {
-    let paths = places::runtime_dirs().into_iter().map(|dir| dir.join(socket_name(device)));
-    paths.into_iter().find_map(|path| {
+    let made = |path: &PathBuf| path.symlink_metadata().and_then(|found| found.modified()).ok();
+    let mut sockets: Vec<PathBuf> = sockets();
+    sockets.retain(|path| {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        name.starts_with(&socket_prefix(device))
+    });
+    // The latest first: an earlier one of that number may not quite have ended.
+    sockets.sort_by_key(|path| std::cmp::Reverse(made(path)));
+    sockets.into_iter().find_map(|path| {
         let stream = UnixStream::connect(path).ok()?;
         Some(rustix::net::sockopt::socket_peercred(&stream).ok()?.pid)
     })
@@ -221,13 +233,13 @@ impl Drop for Server {
     }
 }
 
-/// No two file systems in use have one device number, so a socket of that name is a leftover.
-fn socket_name(device: Device) -> String {
-    format!("{}-{}.sock", device.0, device.1)
+/// How the names of the sockets begin that speak for `device`.
+fn socket_prefix(device: Device) -> String {
+    format!("{}-{}-", device.0, device.1)
 }
 
 fn listen(dir: &Path, device: Device) -> std::io::Result<(UnixListener, PathBuf)> {
-    let path = dir.join(socket_name(device));
+    let path = dir.join(format!("{}{}.sock", socket_prefix(device), std::process::id()));
     // Under its name only once it answers: whoever finds one that doesn't removes it.
     let early = dir.join(format!("{}.new", std::process::id()));
     let _ = std::fs::remove_file(&early);
@@ -236,23 +248,26 @@ fn listen(dir: &Path, device: Device) -> std::io::Result<(UnixListener, PathBuf)
     Ok((listener, path))
 }
 
+/// The sockets of this user's daemons.
+fn sockets() -> Vec<PathBuf> {
+    let dirs = places::runtime_dirs().into_iter();
+    let entries = dirs.filter_map(|dir| std::fs::read_dir(dir).ok()).flatten().flatten();
+    let paths = entries.map(|entry| entry.path());
+    paths.filter(|path| path.extension().is_some_and(|extension| extension == "sock")).collect()
+}
+
 /// What every daemon of this user says.
 fn ask_all() -> Vec<Status> {
     let mut answers = Vec::new();
-    for dir in places::runtime_dirs() {
-        for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
-            let path = entry.path();
-            if path.extension().is_none_or(|extension| extension != "sock") {
-                continue;
+    for path in sockets() {
+        match ask_at(&path) {
+            Ok(Some(status)) => answers.push(status),
+            Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => {
+                // Nobody listens any more.
+                let _ = std::fs::remove_file(&path);
             }
-            match ask_at(&path) {
-                Ok(Some(status)) => answers.push(status),
-                Ok(None) => {}
-                Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => {
-                    let _ = std::fs::remove_file(&path);
-                }
-                Err(_) => {}
-            }
+            // Silent, ending, or of another version.
+            Ok(None) | Err(_) => {}
         }
     }
     answers

@@ -15,7 +15,7 @@ pub(super) const FS_TYPE: &str = "fuse.aq-fs";
 const PATIENCE: Duration = Duration::from_secs(2);
 
 /// A file system's device number, `MAJOR:MINOR`. No other has it while the file system is in use,
-/// even after it has gone from the table.
+/// even after it has gone from the table; the next one may have it after that.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 #[serde(into = "String", try_from = "String")]
 pub(super) struct Device(pub(super) u32, pub(super) u32);

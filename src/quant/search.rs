@@ -54,8 +54,8 @@ pub(super) struct Search {
     weights: Vec<[f32; LANES]>,
     /// Lanes of a group.
     lanes: usize,
-    /// The weights of all groups as small integers.
-    small: Vec<i16>,
+    /// The weights of all groups as small integers, padded likewise.
+    small: Vec<[i16; LANES]>,
 }
 
 /// A group of weights. Its numbers are in its unit, a power of two near the largest magnitude.
@@ -118,13 +118,14 @@ impl Search {
             symmetric,
             len,
             clips,
-            refit: bits <= 5,
+            // A code less its zero point is at most 16, for the sums.
+            refit: bits <= if symmetric { 5 } else { 4 },
             trials: vec![Trial::default(); candidates.len() * batch],
             candidates,
             groups: vec![group; batch],
             weights: vec![[0.0; LANES]; batch * len.div_ceil(LANES)],
             lanes: len.div_ceil(LANES),
-            small: vec![0; batch * len.min(SAMPLE)],
+            small: vec![[0; LANES]; batch * len.div_ceil(LANES)],
         }
     }
 
@@ -238,11 +239,13 @@ impl Search {
     /// Finds each group's candidate whose codes fit best, with the scale that fits them best.
     #[inline(always)]
     fn nominate(&mut self, groups: usize) {
-        let (batch, sample) = (self.groups.len(), self.len.min(SAMPLE));
+        let batch = self.groups.len();
+        let sample = self.lanes.min(SAMPLE / LANES);
         for g in 0..groups {
             let to_small = self.groups[g].to_small;
-            let small = self.small[g * sample..][..sample].iter_mut();
-            for (small, &x) in small.zip(self.weights[g * self.lanes..].as_flattened()) {
+            let weights = self.weights[g * self.lanes..][..sample].as_flattened();
+            let small = self.small[g * sample..][..sample].as_flattened_mut();
+            for (small, &x) in small.iter_mut().zip(weights) {
                 *small = (x * to_small + ROUNDING).to_bits() as i16;
             }
         }
@@ -254,8 +257,9 @@ impl Search {
                     self.candidates[i] = Candidate::new(self.range, fit.scale, fit.zero_point);
                 }
             }
+            let small = self.small[g * sample..][..sample].as_flattened();
             for (k, candidate) in self.candidates.iter().enumerate() {
-                self.trials[k * batch + g] = candidate.try_on(&self.small[g * sample..][..sample]);
+                self.trials[k * batch + g] = candidate.try_on(small);
             }
         }
         let (best, others) = self.trials.split_at_mut(batch);
@@ -270,7 +274,8 @@ impl Search {
                 for step in [-1.0, 1.0] {
                     let zero = self.range.clamp(first.zero_point + step);
                     let neighbour = Candidate::new(self.range, first.scale, zero);
-                    let trial = neighbour.try_on(&self.small[g * sample..][..sample]);
+                    let small = self.small[g * sample..][..sample].as_flattened();
+                    let trial = neighbour.try_on(small);
                     self.trials[g] = self.trials[g].or(trial);
                 }
             }
@@ -435,23 +440,46 @@ impl Candidate {
     #[inline(always)]
     fn try_on(self, group: &[i16]) -> Trial {
         let (mut xq, mut qq) = (0, 0);
-        for &x in group {
+        // Loops of a known length have no tails.
+        let (blocks, rest) = group.as_chunks::<128>();
+        for block in blocks {
+            self.add_moments(block, &mut xq, &mut qq);
+        }
+        for block in rest.as_chunks::<LANES>().0 {
+            self.add_moments(block, &mut xq, &mut qq);
+        }
+        // At least 1, so that codes of nothing but zeros gain nothing.
+        let (xq, qq) = (xq as f32, qq.max(1) as f32);
+        let scale = xq / qq;
+        Trial { gain: scale * xq, scale: scale * self.sign, zero_point: self.zero_point }
+    }
+
+    /// Adds the sums of `x * q` and `q * q` over `N` weights, at most 256.
+    #[inline(always)]
+    fn add_moments<const N: usize>(self, block: &[i16; N], xq: &mut u32, qq: &mut u32) {
+        // 16 bits hold twice the lanes of 32. `q` has the sign of `x` or is 0, and is at most 16:
+        // a product lies in 0..2^12, a square in 0..=2^8.
+        let (mut products, mut upper, mut squares) = (0u16, 0u16, 0u16);
+        for &x in block {
             // The nearest integer to `x / scale`, halves up.
             let q = x.wrapping_mul(self.multiplier).wrapping_add(1 << (self.shift - 1));
             let q = (q >> self.shift).max(self.low).min(self.high);
-            xq += i32::from(x.wrapping_mul(q));
-            qq += i32::from(q.wrapping_mul(q));
+            let product = x.wrapping_mul(q).cast_unsigned();
+            products = products.wrapping_add(product);
+            upper = upper.wrapping_add(product >> 8);
+            squares = squares.wrapping_add(q.wrapping_mul(q).cast_unsigned());
         }
-        let (xq, qq) = (xq as f32, qq as f32);
-        let scale = xq / qq;
-        Trial { gain: scale * xq, scale: scale * self.sign, zero_point: self.zero_point }
+        // Less than 2^16 more than the sum of the upper bytes, and known modulo 2^16.
+        let upper = u32::from(upper) << 8;
+        *xq += upper + (u32::from(products).wrapping_sub(upper) & 0xffff);
+        *qq += u32::from(squares);
     }
 }
 
 /// What a candidate's codes are good for.
 #[derive(Clone, Copy, Default, Debug)]
 struct Trial {
-    /// By how much they lower the squared error of no scale at all. NaN if all are zero.
+    /// By how much they lower the squared error of no scale at all.
     gain: f32,
     /// The scale that suits them best, in small integers.
     scale: f32,

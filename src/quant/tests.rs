@@ -597,3 +597,23 @@ fn search_comes_close_to_an_exhaustive_one() {
         }
     }
 }
+
+#[test]
+fn two_bit_scales_may_leave_the_largest_weight_to_the_smaller_end() {
+    let f = FLOATS[0];
+    let mut weight = vec![1.0; 16];
+    weight[5] = f.round(-1.05);
+    let scheme = IntScheme {
+        bits: 2,
+        granularity: Granularity::Channel,
+        symmetric: true,
+        packing: Packing::Int8,
+        quality: Quality::Search,
+    };
+    let bytes = stored(f, &weight);
+    let parts = encode(scheme, Isa::detect(), Reals::Bf16(&bytes), (1, 16), u64::MAX);
+    let found = Stored::new(f, &parts);
+    // Fifteen weights are met with -2 * -0.5, one is halved.
+    assert!(found.scales[0] < 0.0, "{:?}", found.scales);
+    assert!(found.errors(16, &weight)[0] < 0.32, "{:?}", found.errors(16, &weight));
+}

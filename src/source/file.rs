@@ -328,8 +328,11 @@ mod tests {
 7000-8000 r--p 00000000 00:01 5    /a name-with: dash\nSize: 4 kB\nRss:      4 kB\nPss: 2 kB\n\
 8000-9000 r--p 00000000 00:01 5    /b\nRss:      16 kB\nSwap: 1 kB\n\
 a000-f000 r--p 00000000 00:01 5    /b\nRss:      64 kB\nVmFlags: rd-wr\n";
-        assert_eq!(rss_within(smaps, std::slice::from_ref(&(0x7000..0x8000))), 4 << 10);
-        assert_eq!(rss_within(smaps, &[0x8000..0x9000, 0xa000..0xf000]), 80 << 10);
-        assert_eq!(rss_within(smaps, std::slice::from_ref(&(0x9000..0xa000))), 0);
+        let check = |first: Range<usize>, second: Range<usize>, kib: u64| {
+            assert_eq!(rss_within(smaps, &[first, second]), kib << 10);
+        };
+        check(0x7000..0x8000, 0..0, 4);
+        check(0x8000..0x9000, 0xa000..0xf000, 80);
+        check(0x9000..0xa000, 0xf000..0x10000, 0);
     }
 }

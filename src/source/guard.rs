@@ -192,13 +192,13 @@ fn install() -> io::Result<()> {
 /// `rustix` do not go through errno.
 #[expect(unsafe_code, reason = "a signal handler is given raw pointers")]
 extern "C" fn on_sigbus(signal: c_int, info: *mut libc::siginfo_t, context: *mut c_void) {
-    // SAFETY: with SA_SIGINFO the kernel passes a valid `siginfo_t`.
-    let details = unsafe { &*info };
+    // SAFETY: with SA_SIGINFO the kernel passes a valid `siginfo_t`, which nobody else knows.
+    let fault = unsafe { &*info };
     // A code above zero comes from the kernel, and a fault's carries its address. What another
     // process sends carries its process id in the same place.
-    if details.si_code > 0 {
+    if fault.si_code > 0 {
         // SAFETY: for SIGBUS from the kernel `si_addr` is the member of the union that is set.
-        let address = unsafe { details.si_addr() }.addr();
+        let address = unsafe { fault.si_addr() }.addr();
         if absorb(address) {
             return;
         }
@@ -432,11 +432,11 @@ mod tests {
         }
         extern "C" fn leave_with_address(_: c_int, info: *mut libc::siginfo_t, _: *mut c_void) {
             // SAFETY: the kernel passes a valid one.
-            let details = unsafe { &*info };
-            // SAFETY: for SIGBUS from the kernel it is the member of the union that is set.
-            let is_set = unsafe { !details.si_addr().is_null() };
-            // SAFETY: as above.
-            unsafe { libc::_exit(if is_set { 43 } else { 1 }) };
+            let fault = unsafe { &*info };
+            // SAFETY: a fault has an address.
+            let address = unsafe { fault.si_addr() };
+            // SAFETY: `_exit` is async-signal-safe.
+            unsafe { libc::_exit(if address.is_null() { 1 } else { 43 }) };
         }
         let name = "the_previous_handler_hears_of_other_faults";
         let Some(kind) = std::env::var_os(IN_CHILD) else {

@@ -6,6 +6,7 @@ use std::os::unix::fs::FileExt;
 
 use serde::Deserialize;
 use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
+use serde_json::{Map, Value};
 
 use crate::dtype::{self, Dtype};
 use crate::error::{self, Error, Result};
@@ -138,6 +139,10 @@ struct RawEntry {
     dtype: Dtype,
     shape: Vec<u64>,
     data_offsets: (u64, u64),
+    /// Whatever else is said of it. It means nothing, but must be JSON that the library can read
+    /// too, which is more than serde asks of what it skips.
+    #[serde(flatten)]
+    _other: Map<String, Value>,
 }
 
 impl<'de> Deserialize<'de> for RawHeader {

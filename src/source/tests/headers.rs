@@ -193,6 +193,26 @@ fn accepts_all_that_is_valid() {
 }
 
 #[test]
+fn what_else_is_said_of_a_tensor_means_nothing_but_must_be_json() {
+    let with = |other: &str| one("U8", "[1]", &format!("[0,1],\"other\":{other}"));
+    let nested = |depth: usize| format!("{}{}", "[".repeat(depth), "]".repeat(depth));
+    for other in ["null", "{\"a\":[1,\"\\u00e9\"]}", "1e300", &nested(125)] {
+        assert!(judged(&file_of(&with(other), &[0])).is_some());
+        assert_eq!(accepts(&with(other), 1).entries.len(), 1);
+    }
+    for (other, complaint) in [
+        ("nul", "expected ident"),
+        ("1e999", "number out of range"),
+        ("\"\\ud800\"", "`a`: unexpected end of hex escape"),
+        (&nested(126), "`a`: recursion limit exceeded"),
+        (&nested(1_000_000), "`a`: recursion limit exceeded"),
+    ] {
+        assert!(judged(&file_of(&with(other), &[0])).is_none());
+        refuses(&with(other), 1, complaint);
+    }
+}
+
+#[test]
 fn every_message_is_one_line() {
     refuses(&all(&[tensor("a\\nb", "U8", "[2]", "[0,1]")]), 1, "`a\\nb`: offsets 0..1");
     refuses(r#"{"a\nb":{"dtype":"x\ny"}}"#, 0, "`a\\nb`: unknown variant `x\\ny`");
