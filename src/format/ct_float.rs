@@ -39,8 +39,12 @@ pub(super) struct CtFloat {
     takes: Takes,
     scheme: fn(Quality) -> Scheme,
     suffixes: &'static [&'static str],
-    /// Its name in the config, what it says of weights beyond their bits, and of activations.
-    config: (&'static str, fn() -> Value, fn() -> Value),
+    /// Its name in the config.
+    format: &'static str,
+    /// What the config says of weights beyond their bits.
+    weights: fn() -> Value,
+    /// What it says of activations.
+    activations: fn() -> Value,
 }
 
 /// `ct-fp8`: one scale per output channel.
@@ -50,11 +54,9 @@ pub(super) static FP8: CtFloat = CtFloat {
     takes: takes(8, Grain::Channel),
     scheme: |_| fp8(Fp8Grain::Channel),
     suffixes: &["weight", "weight_scale"],
-    config: (
-        "float-quantized",
-        || json!({ "strategy": "channel" }),
-        || json!({ "num_bits": 8, "type": "float", "symmetric": true, "strategy": "token", "dynamic": true }),
-    ),
+    format: "float-quantized",
+    weights: || json!({ "strategy": "channel" }),
+    activations: || json!({ "num_bits": 8, "type": "float", "symmetric": true, "strategy": "token", "dynamic": true }),
 };
 
 /// `ct-fp8-block`: one scale per block of 128 x 128.
@@ -64,20 +66,18 @@ pub(super) static FP8_BLOCK: CtFloat = CtFloat {
     takes: takes(8, Grain::Squares(128)),
     scheme: |_| fp8(Fp8Grain::Block(128)),
     suffixes: &["weight", "weight_scale"],
-    config: (
-        "float-quantized",
-        || json!({ "strategy": "block", "block_structure": [128, 128] }),
-        || {
-            json!({
-                "num_bits": 8,
-                "type": "float",
-                "symmetric": true,
-                "strategy": "group",
-                "group_size": 128,
-                "dynamic": true,
-            })
-        },
-    ),
+    format: "float-quantized",
+    weights: || json!({ "strategy": "block", "block_structure": [128, 128] }),
+    activations: || {
+        json!({
+            "num_bits": 8,
+            "type": "float",
+            "symmetric": true,
+            "strategy": "group",
+            "group_size": 128,
+            "dynamic": true,
+        })
+    },
 };
 
 /// `ct-mxfp4`: E2M1 with a power of two for 32.
@@ -87,7 +87,9 @@ pub(super) static MXFP4: CtFloat = CtFloat {
     takes: takes(4, Grain::Groups(&[32])),
     scheme: |quality| micro(MicroFloat::E2m1, quality),
     suffixes: &["weight_packed", "weight_scale"],
-    config: ("mxfp4-pack-quantized", of_32, || Value::Null),
+    format: "mxfp4-pack-quantized",
+    weights: of_32,
+    activations: || Value::Null,
 };
 
 /// `ct-mxfp8`: E4M3 with a power of two for 32.
@@ -97,7 +99,9 @@ pub(super) static MXFP8: CtFloat = CtFloat {
     takes: takes(8, Grain::Groups(&[32])),
     scheme: |quality| micro(MicroFloat::E4m3, quality),
     suffixes: &["weight", "weight_scale"],
-    config: ("mxfp8-quantized", of_32, || Value::Null),
+    format: "mxfp8-quantized",
+    weights: of_32,
+    activations: || Value::Null,
 };
 
 const fn takes(bits: u8, grain: Grain) -> Takes {
@@ -137,18 +141,18 @@ impl Format for CtFloat {
                 Decision::Keep { .. } => plan.keep(id),
             }
         }
-        let (format, details, activations) = self.config;
         let mut weights = json!({
             "num_bits": self.takes.bits[0],
             "type": "float",
             "symmetric": true,
             "dynamic": false,
         });
-        for (key, value) in details().as_object().into_iter().flatten() {
+        for (key, value) in (self.weights)().as_object().into_iter().flatten() {
             weights[key] = value.clone();
         }
-        let groups = json!({ "group_0": group(format, "Linear", weights, activations()) });
-        let value = declared(&format.into(), &groups, plan.assignment.ignore());
+        let groups =
+            json!({ "group_0": group(self.format, "Linear", weights, (self.activations)()) });
+        let value = declared(&self.format.into(), &groups, plan.assignment.ignore());
         plan.declare("quantization_config", value);
         Ok(plan)
     }

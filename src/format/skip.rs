@@ -15,7 +15,7 @@ pub(super) fn modules(plan: &Plan, catalog: &Catalog) -> Vec<String> {
         Some(pattern) => pattern.to_owned(),
         None => {
             let catches = |module: &&str| module.starts_with(ignored) || module.ends_with(ignored);
-            if quantized.iter().any(|module| catches(&module)) {
+            if quantized.iter().any(|module| catches(module)) {
                 format!("{}$", ignored.replace('.', r"\."))
             } else {
                 ignored.clone()

@@ -91,7 +91,7 @@ impl Search {
     /// The entry nearest to `y`, but for rounding on the way up to it.
     #[inline(always)]
     fn entry(&self, y: f32) -> f32 {
-        let mut entry = self.steps.lowest.1;
+        let mut entry = self.steps.lowest;
         for i in 0..15 {
             entry += if y > self.steps.midpoint[i] { self.steps.height[i] } else { 0.0 };
         }

@@ -234,13 +234,22 @@ fn encode_group<E: Element, const GROUP: usize>(
         encode_odd_group::<E, GROUP>(scheme, group, scale, out);
         return;
     }
+    // Of a power of two no larger than 1 a quotient is exact, in any element type.
     let reciprocal = 1.0 / scale;
-    let x: [f32; GROUP] = std::array::from_fn(|i| match scheme.dialect {
-        MicroDialect::MlxE4m3 => E::widen(group[i]) / scale,
-        // Of a power of two no larger than 1 the quotient is exact, in any element type.
-        _ => E::widen(group[i]) * reciprocal,
-    });
-    codes(scheme, &x, out);
+    match (scheme.float, scheme.dialect) {
+        (MicroFloat::E4m3, _) => {
+            write::<E, GROUP>(group, out, |x| e4m3_code(x * reciprocal));
+        }
+        (_, MicroDialect::CompressedTensors) => {
+            write::<E, GROUP>(group, out, |x| e2m1_code(x * reciprocal));
+        }
+        (_, MicroDialect::MlxPower) => {
+            write::<E, GROUP>(group, out, |x| e2m1_down_code(x * reciprocal));
+        }
+        (_, MicroDialect::MlxE4m3) => {
+            write::<E, GROUP>(group, out, |x| e2m1_down_code(x / scale));
+        }
+    }
 }
 
 /// As [`encode_group`], for scales that are not moderate.
@@ -254,35 +263,49 @@ fn encode_odd_group<E: Element, const GROUP: usize>(
         out.fill(0);
         return;
     }
-    let x: [f32; GROUP] = std::array::from_fn(|i| {
-        let x = E::widen(group[i]) / scale;
-        if scheme.dialect == MicroDialect::CompressedTensors { E::round(x) } else { x }
+    let is_rounded = scheme.dialect == MicroDialect::CompressedTensors;
+    write::<E, GROUP>(group, out, |x| {
+        let x = if is_rounded { E::round(x / scale) } else { x / scale };
+        match (scheme.float, is_rounded) {
+            (MicroFloat::E4m3, _) => e4m3_code(x),
+            (MicroFloat::E2m1, true) => e2m1_code(x),
+            (MicroFloat::E2m1, false) => e2m1_down_code(x),
+        }
     });
-    codes(scheme, &x, out);
 }
 
-/// The codes nearest to `x`, none of them NaN.
 #[inline(always)]
-fn codes<const GROUP: usize>(scheme: &MicroScheme, x: &[f32; GROUP], out: &mut [u8; GROUP]) {
-    let magnitude = |x: f32, largest: f32| if x.abs() > largest { largest } else { x.abs() };
-    match (scheme.float, scheme.dialect) {
-        (MicroFloat::E4m3, _) => {
-            for (out, &x) in out.iter_mut().zip(x) {
-                *out = e4m3(magnitude(x, E4M3_MAX).copysign(x));
-            }
-        }
-        (MicroFloat::E2m1, MicroDialect::CompressedTensors) => {
-            for (out, &x) in out.iter_mut().zip(x) {
-                *out = e2m1(magnitude(x, E2M1_MAX)) | u8::from(x < 0.0) << 3;
-            }
-        }
-        (MicroFloat::E2m1, _) => {
-            for (out, &x) in out.iter_mut().zip(x) {
-                let code = e2m1_down(x.abs());
-                *out = code | u8::from(x < 0.0 && code > 0) << 3;
-            }
-        }
+fn write<E: Element, const GROUP: usize>(
+    group: &[E::Raw; GROUP],
+    out: &mut [u8; GROUP],
+    code: impl Fn(f32) -> u8,
+) {
+    for (&raw, out) in group.iter().zip(out) {
+        *out = code(E::widen(raw));
     }
+}
+
+#[inline(always)]
+fn within(magnitude: f32, largest: f32) -> f32 {
+    if magnitude > largest { largest } else { magnitude }
+}
+
+#[inline(always)]
+fn e4m3_code(x: f32) -> u8 {
+    e4m3(within(x.abs(), E4M3_MAX).copysign(x))
+}
+
+#[inline(always)]
+fn e2m1_code(x: f32) -> u8 {
+    let sign = if x < 0.0 { 8 } else { 0 };
+    e2m1(within(x.abs(), E2M1_MAX)) | sign
+}
+
+#[inline(always)]
+fn e2m1_down_code(x: f32) -> u8 {
+    // 0.25 itself is rounded to zero, which has no sign.
+    let sign = if x < -0.25 { 8 } else { 0 };
+    e2m1_down(x.abs()) | sign
 }
 
 /// The scale's code with the least squared error, among `reference` and those nearby.
@@ -301,7 +324,10 @@ fn search<E: Element, const GROUP: usize>(
     if !(f32::from_bits(67 << 23)..=f32::from_bits(187 << 23)).contains(&lowest) {
         return reference;
     }
-    let x: [f32; GROUP] = std::array::from_fn(|i| E::widen(group[i]));
+    let mut x = [0.0; GROUP];
+    for (x, &raw) in x.iter_mut().zip(group) {
+        *x = E::widen(raw);
+    }
     let mut best = (reference, error(&x, scheme.scale_value(reference)));
     for step in steps {
         let code = i16::from(reference) + step;
@@ -325,11 +351,12 @@ fn search<E: Element, const GROUP: usize>(
 #[inline(always)]
 fn error<const GROUP: usize>(x: &[f32; GROUP], scale: f32) -> f32 {
     let reciprocal = 1.0 / scale;
-    let mut lanes: [f32; GROUP] = std::array::from_fn(|i| {
-        let a = x[i].abs() * reciprocal;
-        let a = if a > E2M1_MAX { (a, E2M1_MAX) } else { (a, e2m1_rounded(a)) };
-        (a.0 - a.1) * (a.0 - a.1)
-    });
+    let mut lanes = [0.0; GROUP];
+    for (lane, x) in lanes.iter_mut().zip(x) {
+        let a = x.abs() * reciprocal;
+        let error = a - e2m1_rounded(within(a, E2M1_MAX));
+        *lane = error * error;
+    }
     let mut width = GROUP / 2;
     while width > 0 {
         for i in 0..width {
