@@ -13,8 +13,8 @@ use clap::{Parser, Subcommand, ValueEnum};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::FORMATS;
-use crate::quant::{Granularity, Quality};
-use crate::recipe::Request;
+use crate::quant::{Granularity, Quality, Storage};
+use crate::recipe::{Request, ScaleFormat};
 use crate::view::Budget;
 
 /// Show a safetensors checkpoint as a quantized one, without writing it.
@@ -164,6 +164,14 @@ struct RecipeArgs {
     #[arg(long, value_name = "NAME", value_enum, default_value_t = QualityArg::Search)]
     quality: QualityArg,
 
+    /// How the scales of FP8 blocks are stored [default: f32]
+    #[arg(long, value_name = "TYPE", value_enum)]
+    scale_format: Option<ScaleFormatArg>,
+
+    /// What codes of bitsandbytes are declared as, for sharded training [default: u8]
+    #[arg(long, value_name = "TYPE", value_enum)]
+    storage: Option<StorageArg>,
+
     /// Keep modules whose name matches this glob, or regex after `re:`; repeatable
     #[arg(long, value_name = "PATTERN")]
     skip: Vec<String>,
@@ -188,6 +196,20 @@ enum QualityArg {
     Reference,
 }
 
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum ScaleFormatArg {
+    F32,
+    Ue8m0,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum StorageArg {
+    U8,
+    Bf16,
+    F16,
+    F32,
+}
+
 impl RecipeArgs {
     fn request(&self) -> Request {
         let bits = self.profile.map(|profile| match profile {
@@ -204,6 +226,16 @@ impl RecipeArgs {
                 QualityArg::Search => Quality::Search,
                 QualityArg::Reference => Quality::Reference,
             },
+            scale_format: self.scale_format.map(|format| match format {
+                ScaleFormatArg::F32 => ScaleFormat::F32,
+                ScaleFormatArg::Ue8m0 => ScaleFormat::Ue8m0,
+            }),
+            storage: self.storage.map(|storage| match storage {
+                StorageArg::U8 => Storage::U8,
+                StorageArg::Bf16 => Storage::Bf16,
+                StorageArg::F16 => Storage::F16,
+                StorageArg::F32 => Storage::F32,
+            }),
             skip: self.skip.clone(),
             only: self.only.clone(),
         }

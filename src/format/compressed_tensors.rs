@@ -20,9 +20,10 @@
 
 use serde_json::{Value, json};
 
+use super::takes::{Grain, Takes};
 use super::{Format, Plan};
 use crate::dtype::Dtype;
-use crate::error::{self, Result};
+use crate::error::Result;
 use crate::quant::{Granularity, IntScheme, Packing, Scheme};
 use crate::recipe::{Assignment, Decision, Request, Schemes, is_expert, module_of};
 use crate::source::Catalog;
@@ -45,17 +46,17 @@ impl Format for PackQuantized {
     }
 
     fn plan(&self, catalog: &Catalog, config: Option<&Value>, request: &Request) -> Result<Plan> {
-        let bits = request.bits.unwrap_or(4);
-        if !(2..=8).contains(&bits) {
-            return Err(error::invalid(format!("compressed-tensors has 2 to 8 bits, not {bits}")));
-        }
-        let granularity = request.granularity.unwrap_or(Granularity::Group(128));
-        if granularity == Granularity::Group(0) {
-            return Err(error::invalid("a group has at least one weight"));
-        }
+        let takes = Takes {
+            bits: &[2, 3, 4, 5, 6, 7, 8],
+            grain: Grain::Any,
+            symmetry: None,
+            scale_format: false,
+            storage: false,
+        };
+        takes.check(self.name(), request)?;
         let scheme = IntScheme {
-            bits,
-            granularity,
+            bits: request.bits.unwrap_or(4),
+            granularity: request.granularity.unwrap_or(Granularity::Group(128)),
             symmetric: request.symmetric.unwrap_or(true),
             packing: Packing::Packed32,
             quality: request.quality,
@@ -74,17 +75,14 @@ impl Format for IntQuantized {
     }
 
     fn plan(&self, catalog: &Catalog, config: Option<&Value>, request: &Request) -> Result<Plan> {
-        if let Some(bits) = request.bits.filter(|bits| *bits != 8) {
-            return Err(error::invalid(format!("ct-int8 has 8 bits, not {bits}")));
-        }
-        if let Some(Granularity::Group(size)) = request.granularity {
-            return Err(error::invalid(format!(
-                "ct-int8 has one scale per output channel, not per group of {size}"
-            )));
-        }
-        if request.symmetric == Some(false) {
-            return Err(error::invalid("ct-int8 is symmetric"));
-        }
+        let takes = Takes {
+            bits: &[8],
+            grain: Grain::Channel,
+            symmetry: Some(true),
+            scale_format: false,
+            storage: false,
+        };
+        takes.check(self.name(), request)?;
         let scheme = IntScheme {
             bits: 8,
             granularity: Granularity::Channel,
@@ -100,10 +98,10 @@ fn plan(
     catalog: &Catalog,
     config: Option<&Value>,
     request: &Request,
-    scheme: IntScheme,
+    int: IntScheme,
 ) -> Result<Plan> {
-    let experts = experts_scheme(catalog, scheme);
-    let schemes = Schemes { dense: Scheme::Int(scheme), experts: Scheme::Int(experts) };
+    let experts = experts_scheme(catalog, int);
+    let schemes = Schemes { dense: Scheme::Int(int), experts: Scheme::Int(experts) };
     let assignment = Assignment::new(catalog, config, request, schemes)?;
     let mut has_experts = false;
     let mut plan = Plan::new(assignment, catalog.tensors().len() * 2);
@@ -112,8 +110,9 @@ fn plan(
             plan.keep(id);
             continue;
         };
-        let Scheme::Int(int) = scheme;
-        has_experts |= is_expert(module_of(&tensor.name));
+        let module = module_of(&tensor.name);
+        let int = if is_expert(module) { experts } else { int };
+        has_experts |= is_expert(module);
         let parts: &[&str] = match (int.packing, int.symmetric) {
             (Packing::Packed32, true) => &["weight_packed", "weight_scale"],
             (Packing::Packed32, false) => &["weight_packed", "weight_scale", "weight_zero_point"],
@@ -126,11 +125,9 @@ fn plan(
             plan.inline(id, "weight_shape", (Dtype::I64, &[2]), bytes);
         }
     }
-    if !plan.weights.is_empty() {
-        let experts = (has_experts && experts != scheme).then_some(experts);
-        let config = quantization_config(scheme, experts, plan.assignment.ignore());
-        plan.quantization_config = Some(config);
-    }
+    let experts = (has_experts && experts != int).then_some(experts);
+    let value = quantization_config(int, experts, plan.assignment.ignore());
+    plan.declare("quantization_config", value);
     Ok(plan)
 }
 
@@ -148,20 +145,23 @@ fn experts_scheme(catalog: &Catalog, scheme: IntScheme) -> IntScheme {
     if fits { packed } else { IntScheme { granularity: Granularity::Channel, ..packed } }
 }
 
-/// `quantization_config` as compressed-tensors 0.20 writes it, less its null fields: older readers
-/// refuse fields that they don't know. `experts` is their scheme, where it is one of their own.
+/// What `quantization_config` says of integers. `experts` is their scheme, where it is one of their
+/// own.
 fn quantization_config(scheme: IntScheme, experts: Option<IntScheme>, ignore: &[String]) -> Value {
     let dense = config_group(scheme, "Linear");
-    let mut format = dense["format"].clone();
-    let mut groups = json!({ "group_0": dense });
-    if let Some(experts) = experts {
-        // The loader finds the experts' group by the word in its pattern.
-        let group = config_group(experts, r"re:(?:.*\.)?experts\.\d+\..*");
-        if group["format"] != format {
-            format = "mixed-precision".into();
-        }
-        groups["group_1"] = group;
-    }
+    let format = dense["format"].clone();
+    let Some(experts) = experts else {
+        return declared(&format, &json!({ "group_0": dense }), ignore);
+    };
+    // The loader finds the experts' group by the word in its pattern.
+    let experts = config_group(experts, r"re:(?:.*\.)?experts\.\d+\..*");
+    let format = if experts["format"] == format { format } else { "mixed-precision".into() };
+    declared(&format, &json!({ "group_0": dense, "group_1": experts }), ignore)
+}
+
+/// `quantization_config` as compressed-tensors 0.20 writes it, less its null fields: older readers
+/// refuse fields that they don't know.
+pub(super) fn declared(format: &Value, groups: &Value, ignore: &[String]) -> Value {
     json!({
         "quant_method": "compressed-tensors",
         "format": format,
@@ -196,6 +196,11 @@ fn config_group(scheme: IntScheme, target: &str) -> Value {
             }),
         ),
     };
+    group(format, target, weights, activations)
+}
+
+/// One of `config_groups`.
+pub(super) fn group(format: &str, target: &str, weights: Value, activations: Value) -> Value {
     json!({
         "format": format,
         "targets": [target],
@@ -228,7 +233,7 @@ mod tests {
         let request = Request { symmetric, ..Request::default() };
         let plan = format.plan(&catalog, Some(&json!({})), &request).expect("it plans");
         assert_eq!(plan.weights.len(), 3, "no expert is kept");
-        plan.quantization_config.expect("something is quantized")
+        plan.config["quantization_config"].clone()
     }
 
     #[test]

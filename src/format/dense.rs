@@ -25,6 +25,8 @@ impl Format for Dense {
             ("bits", request.bits.is_some()),
             ("group size", request.granularity.is_some()),
             ("symmetry", request.symmetric.is_some()),
+            ("scale format", request.scale_format.is_some()),
+            ("storage type", request.storage.is_some()),
         ];
         if let Some((what, _)) = given.into_iter().find(|(_, given)| *given) {
             return Err(error::invalid(format!(

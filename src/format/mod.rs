@@ -4,14 +4,20 @@
 //! where their bytes come from, and what `config.json` declares. Planning is pure; no weight is
 //! read.
 
+mod bitsandbytes;
 mod compressed_tensors;
 pub(crate) mod config;
+mod ct_float;
 mod dense;
+mod fp8_block;
+mod mlx;
+mod skip;
+mod takes;
 
 use std::borrow::Cow;
 use std::fmt::Debug;
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::dtype::{self, Dtype};
 use crate::error::{self, Result};
@@ -36,8 +42,23 @@ pub trait Format: Debug + Sync {
 }
 
 /// Every format, in the order in which they are listed to users.
-pub static FORMATS: &[&dyn Format] =
-    &[&dense::Dense, &compressed_tensors::PackQuantized, &compressed_tensors::IntQuantized];
+pub static FORMATS: &[&dyn Format] = &[
+    &dense::Dense,
+    &compressed_tensors::PackQuantized,
+    &compressed_tensors::IntQuantized,
+    &ct_float::FP8,
+    &ct_float::FP8_BLOCK,
+    &ct_float::MXFP4,
+    &ct_float::MXFP8,
+    &bitsandbytes::NF4,
+    &bitsandbytes::FP4,
+    &bitsandbytes::INT8,
+    &mlx::AFFINE,
+    &mlx::MXFP4,
+    &mlx::MXFP8,
+    &mlx::NVFP4,
+    &fp8_block::Fp8Block,
+];
 
 /// The format of that name.
 ///
@@ -59,9 +80,11 @@ pub struct Plan {
     pub weights: Vec<Weight>,
     /// The tensors shown, in source order, a weight's parts next to each other.
     pub items: Vec<Item>,
-    /// The value of `quantization_config`; `None` where nothing is quantized and `config.json`
-    /// stays as it is.
-    pub quantization_config: Option<Value>,
+    /// Members that `config.json` gets, and which replace its own; none where nothing is quantized
+    /// and it stays as it is.
+    pub config: Map<String, Value>,
+    /// The `format` of every shard's metadata.
+    pub framework: &'static str,
 }
 
 /// A weight that is encoded.
@@ -114,7 +137,8 @@ impl Plan {
             assignment,
             weights: Vec::new(),
             items: Vec::with_capacity(tensors),
-            quantization_config: None,
+            config: Map::new(),
+            framework: "pt",
         }
     }
 
@@ -130,6 +154,13 @@ impl Plan {
         for (part, suffix) in suffixes.iter().enumerate() {
             let content = Content::Part { weight, part };
             self.items.push(Item { tensor: id, suffix: Some(suffix), content });
+        }
+    }
+
+    /// Declares the quantization, if there is any.
+    fn declare(&mut self, member: &str, value: Value) {
+        if !self.weights.is_empty() {
+            self.config.insert(member.to_owned(), value);
         }
     }
 

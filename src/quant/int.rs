@@ -19,11 +19,12 @@
 
 use crate::dtype::Dtype;
 
-use super::grid::{Axis, Grid, PartBytes};
+use super::grid::Grid;
 use super::isa::{Isa, Kernel};
 use super::pack::{pack, pack_down, packed_len, unpack, word_of};
 use super::search::Search;
-use super::tile::{Bf16, Element, Extremes, F16, F32, Reals, Tile};
+use super::shape::{assert_lengths, bands, grouped, matrix, part};
+use super::tile::{Element, Extremes, Tile, for_element};
 use super::{Part, Quality, Role};
 
 /// Which weights share a scale.
@@ -65,21 +66,9 @@ impl IntScheme {
         if !(2..=8).contains(&self.bits) {
             return Err(format!("{} bits are not among 2 to 8", self.bits));
         }
-        if Reals::new(dtype, &[]).is_none() {
-            return Err(format!("element type {dtype:?} is not one of BF16, F16, F32"));
-        }
-        let &[rows, cols] = shape else {
-            return Err(format!("shape {shape:?} is not a matrix"));
-        };
-        if rows == 0 || cols == 0 {
-            return Err(format!("shape {shape:?} has no elements"));
-        }
         match self.granularity {
-            Granularity::Group(0) => Err("group size 0".to_owned()),
-            Granularity::Group(size) if cols % u64::from(size) != 0 => {
-                Err(format!("group size {size} does not divide {cols} input features"))
-            }
-            _ => Ok(()),
+            Granularity::Group(size) => grouped(dtype, shape, size.into()),
+            Granularity::Channel => matrix(dtype, shape).map(drop),
         }
     }
 
@@ -93,48 +82,38 @@ impl IntScheme {
             }
             Packing::Int8 => ((Dtype::I8, [rows, cols]), (Dtype::I8, [rows, groups])),
         };
-        let part = |role, (dtype, shape): (_, [u64; 2])| Part { role, dtype, shape: shape.into() };
-        let mut parts = vec![part(Role::Codes, codes), part(Role::Scale, (dtype, [rows, groups]))];
+        let mut parts =
+            vec![part(Role::Codes, codes.0, codes.1), part(Role::Scale, dtype, [rows, groups])];
         if !self.symmetric {
-            parts.push(part(Role::ZeroPoint, zero_points));
+            parts.push(part(Role::ZeroPoint, zero_points.0, zero_points.1));
         }
         parts
     }
 
     pub(super) fn grid(&self, dtype: Dtype, shape: &[u64], source_bytes: u64) -> Grid {
-        let (rows, cols) = (shape[0], shape[1]);
         // `b` words of packed zero points hold those of 32 rows.
         let unit = if self.symmetric || self.packing == Packing::Int8 { 1 } else { 32 };
-        let part_bytes = |rows| self.parts(dtype, &[rows, cols]).into_iter().map(|p| p.bytes());
-        let parts: Vec<_> = part_bytes(unit)
-            .zip(part_bytes(rows))
-            .map(|(unit, slab)| PartBytes { unit, slab })
-            .collect();
-        let element = (dtype.bitsize() / 8) as u64;
-        Grid::new((1, rows, cols), Axis::Rows, unit, &parts, element, source_bytes)
+        bands(dtype, shape, unit, |shape| self.parts(dtype, shape), source_bytes)
     }
 
     pub(super) fn encode(&self, isa: Isa, tile: &Tile<'_>, out: &mut [&mut [u8]]) {
         let dtype = tile.data.dtype();
         let parts = self.parts(dtype, &[tile.rows as u64, tile.cols as u64]);
-        assert_eq!(parts.len(), out.len(), "number of parts");
-        for (part, out) in parts.iter().zip(out.iter()) {
-            assert_eq!(part.bytes(), out.len() as u64, "bytes of {:?}", part.role);
-        }
+        assert_lengths(&parts, out.iter().map(|out| out.len()));
         let (codes, rest) = out.split_first_mut().expect("codes are a part");
         let (scales, rest) = rest.split_first_mut().expect("scales are a part");
         let zero_points = rest.first_mut().map_or(&mut [][..], |z| &mut **z);
-        match tile.data {
-            Reals::Bf16(bytes) => {
-                self.encode_as::<Bf16>(isa, bytes, tile, codes, scales, zero_points);
-            }
-            Reals::F16(bytes) => {
-                self.encode_as::<F16>(isa, bytes, tile, codes, scales, zero_points);
-            }
-            Reals::F32(bytes) => {
-                self.encode_as::<F32>(isa, bytes, tile, codes, scales, zero_points);
-            }
-        }
+        let group = self.group(tile.cols as u64) as usize;
+        for_element!(dtype, E => isa.run(Encode::<E> {
+            scheme: self,
+            source: E::split(tile.data.bytes()),
+            cols: tile.cols,
+            stride: tile.stride,
+            group,
+            codes,
+            scales,
+            zero_points,
+        }));
     }
 
     pub(super) fn decode(
@@ -145,15 +124,9 @@ impl IntScheme {
         out: &mut [f32],
     ) {
         assert_eq!(out.len(), rows * cols, "number of elements");
-        for (part, bytes) in self.parts(dtype, &[rows as u64, cols as u64]).iter().zip(parts) {
-            assert_eq!(part.bytes(), bytes.len() as u64, "bytes of {:?}", part.role);
-        }
-        match dtype {
-            Dtype::BF16 => self.decode_as::<Bf16>((rows, cols), parts, out),
-            Dtype::F16 => self.decode_as::<F16>((rows, cols), parts, out),
-            Dtype::F32 => self.decode_as::<F32>((rows, cols), parts, out),
-            _ => unreachable!("`accepts` refuses {dtype:?}"),
-        }
+        let specs = self.parts(dtype, &[rows as u64, cols as u64]);
+        assert_lengths(&specs, parts.iter().map(|part| part.len()));
+        for_element!(dtype, E => self.decode_as::<E>((rows, cols), parts, out));
     }
 
     /// Elements that share a scale, in rows of `cols`.
@@ -162,29 +135,6 @@ impl IntScheme {
             Granularity::Group(size) => u64::from(size),
             Granularity::Channel => cols,
         }
-    }
-
-    fn encode_as<E: Element>(
-        &self,
-        isa: Isa,
-        bytes: &[u8],
-        tile: &Tile<'_>,
-        codes: &mut [u8],
-        scales: &mut [u8],
-        zero_points: &mut [u8],
-    ) {
-        let (source, cols, stride) = (E::split(bytes), tile.cols, tile.stride);
-        let group = self.group(cols as u64) as usize;
-        isa.run(Encode::<E> {
-            scheme: self,
-            source,
-            cols,
-            stride,
-            group,
-            codes,
-            scales,
-            zero_points,
-        });
     }
 
     fn decode_as<E: Element>(

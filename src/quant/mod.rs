@@ -5,20 +5,35 @@
 //! by [`Scheme::accepts`]. Its bytes depend on the source bytes and the scheme alone, never on the
 //! [`Isa`] or on how a weight is cut.
 
+mod affine;
+mod affine_search;
+mod codebook;
+mod codebook_search;
+mod fp8;
 mod grid;
 mod int;
 mod isa;
+mod lanes;
+mod llm_int8;
+mod micro;
+mod minifloat;
 mod pack;
 mod search;
+mod shape;
 #[cfg(test)]
 mod tests;
 mod tile;
 
 use crate::dtype::{Dtype, byte_len};
 
+pub use affine::AffineScheme;
+pub use codebook::{Codebook, CodebookScheme, Storage};
+pub use fp8::{Fp8Grain, Fp8Scale, Fp8Scheme};
 pub use grid::{Axis, Grid, PartBytes, Window};
 pub use int::{Granularity, IntScheme, Packing};
 pub use isa::Isa;
+pub use llm_int8::LlmInt8Scheme;
+pub use micro::{MicroDialect, MicroFloat, MicroScheme};
 pub use tile::{Reals, Tile};
 
 /// How much work goes into the choice of a scale. Never changes shapes or layout.
@@ -35,6 +50,16 @@ pub enum Quality {
 pub enum Scheme {
     /// Integers with a scale per group or channel.
     Int(IntScheme),
+    /// Integers with a scale and a bias per group.
+    Affine(AffineScheme),
+    /// Small floats with a one-byte scale per group.
+    Micro(MicroScheme),
+    /// 8-bit floats with a scale per channel or block.
+    Fp8(Fp8Scheme),
+    /// Entries of a table with a scale per block of the flattened weight.
+    Codebook(CodebookScheme),
+    /// Signed bytes with the largest magnitude of a row.
+    LlmInt8(LlmInt8Scheme),
 }
 
 /// What a part of a quantized weight holds.
@@ -46,6 +71,8 @@ pub enum Role {
     Scale,
     /// The code that stands for zero.
     ZeroPoint,
+    /// What code zero stands for.
+    Bias,
 }
 
 /// One of the tensors that a weight becomes.
@@ -76,6 +103,11 @@ impl Scheme {
     pub fn accepts(&self, dtype: Dtype, shape: &[u64]) -> Result<(), String> {
         match self {
             Self::Int(scheme) => scheme.accepts(dtype, shape),
+            Self::Affine(scheme) => scheme.accepts(dtype, shape),
+            Self::Micro(scheme) => scheme.accepts(dtype, shape),
+            Self::Fp8(scheme) => scheme.accepts(dtype, shape),
+            Self::Codebook(scheme) => scheme.accepts(dtype, shape),
+            Self::LlmInt8(scheme) => scheme.accepts(dtype, shape),
         }
     }
 
@@ -83,6 +115,11 @@ impl Scheme {
     pub fn parts(&self, dtype: Dtype, shape: &[u64]) -> Vec<Part> {
         match self {
             Self::Int(scheme) => scheme.parts(dtype, shape),
+            Self::Affine(scheme) => scheme.parts(dtype, shape),
+            Self::Micro(scheme) => scheme.parts(dtype, shape),
+            Self::Fp8(scheme) => scheme.parts(dtype, shape),
+            Self::Codebook(scheme) => scheme.parts(dtype, shape),
+            Self::LlmInt8(scheme) => scheme.parts(shape),
         }
     }
 
@@ -90,6 +127,11 @@ impl Scheme {
     pub fn grid(&self, dtype: Dtype, shape: &[u64], source_bytes: u64) -> Grid {
         match self {
             Self::Int(scheme) => scheme.grid(dtype, shape, source_bytes),
+            Self::Affine(scheme) => scheme.grid(dtype, shape, source_bytes),
+            Self::Micro(scheme) => scheme.grid(dtype, shape, source_bytes),
+            Self::Fp8(scheme) => scheme.grid(dtype, shape, source_bytes),
+            Self::Codebook(scheme) => scheme.grid(dtype, shape, source_bytes),
+            Self::LlmInt8(scheme) => scheme.grid(dtype, shape, source_bytes),
         }
     }
 
@@ -102,6 +144,11 @@ impl Scheme {
     pub fn encode(&self, isa: Isa, tile: &Tile<'_>, out: &mut [&mut [u8]]) {
         match self {
             Self::Int(scheme) => scheme.encode(isa, tile, out),
+            Self::Affine(scheme) => scheme.encode(isa, tile, out),
+            Self::Micro(scheme) => scheme.encode(isa, tile, out),
+            Self::Fp8(scheme) => scheme.encode(isa, tile, out),
+            Self::Codebook(scheme) => scheme.encode(isa, tile, out),
+            Self::LlmInt8(scheme) => scheme.encode(isa, tile, out),
         }
     }
 
@@ -120,6 +167,11 @@ impl Scheme {
     ) {
         match self {
             Self::Int(scheme) => scheme.decode(dtype, (rows, cols), parts, out),
+            Self::Affine(scheme) => scheme.decode(dtype, (rows, cols), parts, out),
+            Self::Micro(scheme) => scheme.decode(dtype, (rows, cols), parts, out),
+            Self::Fp8(scheme) => scheme.decode(dtype, (rows, cols), parts, out),
+            Self::Codebook(scheme) => scheme.decode(dtype, (rows, cols), parts, out),
+            Self::LlmInt8(scheme) => scheme.decode(dtype, (rows, cols), parts, out),
         }
     }
 }
@@ -127,17 +179,52 @@ impl Scheme {
 impl std::fmt::Display for Scheme {
     /// As `int4, groups of 128, symmetric, search`.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self::Int(IntScheme { bits, granularity, symmetric, quality, .. }) = self;
-        write!(f, "int{bits}, ")?;
-        match granularity {
-            Granularity::Group(size) => write!(f, "groups of {size}, ")?,
-            Granularity::Channel => f.write_str("per channel, ")?,
-        }
-        let symmetry = if *symmetric { "symmetric" } else { "asymmetric" };
-        let quality = match quality {
-            Quality::Reference => "reference",
-            Quality::Search => "search",
+        let quality = match self {
+            Self::Int(IntScheme { bits, granularity, symmetric, quality, .. }) => {
+                write!(f, "int{bits}, ")?;
+                match granularity {
+                    Granularity::Group(size) => write!(f, "groups of {size}, ")?,
+                    Granularity::Channel => f.write_str("per channel, ")?,
+                }
+                f.write_str(if *symmetric { "symmetric" } else { "asymmetric" })?;
+                Some(quality)
+            }
+            Self::Affine(AffineScheme { bits, group_size, quality }) => {
+                write!(f, "affine {bits}-bit, groups of {group_size}")?;
+                Some(quality)
+            }
+            Self::Micro(scheme) => {
+                f.write_str(match scheme.float {
+                    MicroFloat::E2m1 => "E2M1",
+                    MicroFloat::E4m3 => "E4M3",
+                })?;
+                write!(f, ", groups of {}", scheme.group_size())?;
+                (scheme.float == MicroFloat::E2m1).then_some(&scheme.quality)
+            }
+            Self::Fp8(Fp8Scheme { grain, .. }) => {
+                match grain {
+                    Fp8Grain::Channel => f.write_str("E4M3, per channel")?,
+                    Fp8Grain::Block(size) => write!(f, "E4M3, blocks of {size} x {size}")?,
+                }
+                None
+            }
+            Self::Codebook(CodebookScheme { codebook, block_size, quality, .. }) => {
+                f.write_str(match codebook {
+                    Codebook::Nf4 => "NF4",
+                    Codebook::Fp4 => "FP4",
+                })?;
+                write!(f, ", flat blocks of {block_size}")?;
+                Some(quality)
+            }
+            Self::LlmInt8(_) => {
+                f.write_str("int8, per channel")?;
+                None
+            }
         };
-        write!(f, "{symmetry}, {quality}")
+        match quality {
+            Some(Quality::Reference) => f.write_str(", reference"),
+            Some(Quality::Search) => f.write_str(", search"),
+            None => Ok(()),
+        }
     }
 }

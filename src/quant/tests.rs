@@ -1,5 +1,10 @@
 //! Integer schemes against a naive definition, on every instruction set.
 
+mod affine;
+mod codebook;
+mod every;
+mod floats;
+
 use super::*;
 
 /// A binary floating-point format, by its parameters.
@@ -236,27 +241,28 @@ fn all_schemes(quality: Quality) -> Vec<IntScheme> {
 
 /// Encodes `rows` x `cols` elements chunk by chunk.
 fn encode(
-    scheme: IntScheme,
+    scheme: impl Into<Scheme>,
     isa: Isa,
     data: Reals<'_>,
     (rows, cols): (usize, usize),
     source_bytes: u64,
 ) -> Vec<Vec<u8>> {
-    let (scheme, shape) = (Scheme::Int(scheme), [rows as u64, cols as u64]);
+    let (scheme, shape) = (scheme.into(), [rows as u64, cols as u64]);
     let dtype = data.dtype();
     scheme.accepts(dtype, &shape).expect("the scheme takes this shape");
     let mut parts: Vec<_> =
         scheme.parts(dtype, &shape).iter().map(|p| vec![0xaa; p.bytes() as usize]).collect();
     let grid = scheme.grid(dtype, &shape, source_bytes);
-    let (Reals::Bf16(bytes) | Reals::F16(bytes) | Reals::F32(bytes)) = data;
+    let (_, width) = grid.view();
     for k in 0..grid.chunks() {
         let window = grid.window(k);
-        let first = (window.first_row * shape[1]) as usize * dtype.bitsize() / 8;
+        let first = window.first_row * width + window.first_col;
+        let first = first as usize * dtype.bitsize() / 8;
         let tile = Tile {
-            data: Reals::new(dtype, &bytes[first..]).expect("a float type"),
+            data: Reals::new(dtype, &data.bytes()[first..]).expect("a float type"),
             rows: window.rows as usize,
             cols: window.cols as usize,
-            stride: cols,
+            stride: width as usize,
         };
         let mut out: Vec<_> = parts
             .iter_mut()
@@ -269,6 +275,44 @@ fn encode(
         scheme.encode(isa, &tile, &mut out);
     }
     parts
+}
+
+impl From<IntScheme> for Scheme {
+    fn from(scheme: IntScheme) -> Self {
+        Self::Int(scheme)
+    }
+}
+
+fn decode(f: Float, scheme: Scheme, shape: (usize, usize), parts: &[Vec<u8>]) -> Vec<f32> {
+    let mut decoded = vec![0.0; shape.0 * shape.1];
+    let parts: Vec<&[u8]> = parts.iter().map(|part| &part[..]).collect();
+    scheme.decode(f.dtype, shape, &parts, &mut decoded);
+    decoded
+}
+
+/// What a weight is encoded to by definition, and then decoded to.
+struct Defined {
+    parts: Vec<Vec<u8>>,
+    values: Vec<f32>,
+}
+
+#[track_caller]
+fn check(f: Float, scheme: Scheme, shape: (usize, usize), weight: &[f32], defined: &Defined) {
+    let bytes = stored(f, weight);
+    let data = Reals::new(f.dtype, &bytes).expect("a float type");
+    for isa in Isa::available() {
+        let parts = encode(scheme, isa, data, shape, u64::MAX);
+        for (p, (part, expected)) in parts.iter().zip(&defined.parts).enumerate() {
+            let difference = part.iter().zip(expected).position(|(a, b)| a != b);
+            assert_eq!(difference, None, "part {p} of {scheme:?}, {:?}, {isa:?}", f.dtype);
+            assert_eq!(part.len(), expected.len(), "part {p} of {scheme:?}, {:?}", f.dtype);
+        }
+    }
+    let decoded = decode(f, scheme, shape, &defined.parts);
+    for (i, (x, expected)) in decoded.iter().zip(&defined.values).enumerate() {
+        let same = x.to_bits() == expected.to_bits() || x.is_nan() && expected.is_nan();
+        assert!(same, "element {i} of {scheme:?}, {:?}: {x}, not {expected}", f.dtype);
+    }
 }
 
 #[track_caller]

@@ -24,6 +24,13 @@ impl<'a> Reals<'a> {
         }
     }
 
+    /// The stored bytes.
+    pub fn bytes(&self) -> &'a [u8] {
+        match self {
+            Self::Bf16(bytes) | Self::F16(bytes) | Self::F32(bytes) => bytes,
+        }
+    }
+
     /// The element type.
     pub fn dtype(&self) -> Dtype {
         match self {
@@ -73,7 +80,7 @@ impl Extremes {
 }
 
 /// The NaN that is stored for any NaN.
-const NAN: f32 = f32::from_bits(0x7fc0_0000);
+pub(super) const NAN: f32 = f32::from_bits(0x7fc0_0000);
 
 /// A floating-point type that weights and scales are stored in.
 pub(super) trait Element: Copy {
@@ -85,6 +92,9 @@ pub(super) trait Element: Copy {
 
     /// The distance from 1 to the next larger value. Stands in for a scale of zero.
     const EPSILON: f32;
+
+    /// The smallest positive number that is not subnormal.
+    const SMALLEST: f32;
 
     /// `bytes` as elements. The length is a multiple of `SIZE`.
     fn split(bytes: &[u8]) -> &[Self::Raw];
@@ -111,7 +121,38 @@ pub(super) trait Element: Copy {
     /// of negative values as unsigned ones, and NaNs lie beyond infinity in both. Integer maxima
     /// are exact in any order.
     fn extremes(group: &[Self::Raw]) -> Extremes;
+
+    /// The smallest and largest value of a group that has any. NaN for one of them if the group has
+    /// a NaN of that sign.
+    ///
+    /// Found among the bit patterns as signed integers, those of negative values inverted.
+    fn range(group: &[Self::Raw]) -> Extremes;
+
+    /// The largest magnitude of a group; NaN if it has any NaN, 0 if it is empty.
+    fn magnitude(group: &[Self::Raw]) -> f32;
 }
+
+/// Evaluates an expression with a type name for the element type of a `Dtype` that a scheme accepts.
+macro_rules! for_element {
+    ($dtype:expr, $element:ident => $value:expr) => {
+        match $dtype {
+            $crate::dtype::Dtype::BF16 => {
+                type $element = $crate::quant::tile::Bf16;
+                $value
+            }
+            $crate::dtype::Dtype::F16 => {
+                type $element = $crate::quant::tile::F16;
+                $value
+            }
+            $crate::dtype::Dtype::F32 => {
+                type $element = $crate::quant::tile::F32;
+                $value
+            }
+            other => unreachable!("`accepts` refuses {other}"),
+        }
+    };
+}
+pub(super) use for_element;
 
 /// Marker for [`Reals::Bf16`].
 #[derive(Clone, Copy, Debug)]
@@ -129,6 +170,7 @@ impl Element for Bf16 {
     type Raw = [u8; 2];
     const SIZE: usize = 2;
     const EPSILON: f32 = 1.0 / 128.0;
+    const SMALLEST: f32 = f32::MIN_POSITIVE;
 
     #[inline(always)]
     fn split(bytes: &[u8]) -> &[[u8; 2]] {
@@ -170,12 +212,26 @@ impl Element for Bf16 {
         let (min, max) = extreme_bits_16(group);
         Extremes { min: Self::widen(min), max: Self::widen(max) }
     }
+
+    #[inline(always)]
+    fn range(group: &[[u8; 2]]) -> Extremes {
+        let (min, max) = range_bits_16(group);
+        Extremes { min: Self::widen(min), max: Self::widen(max) }
+    }
+
+    #[inline(always)]
+    fn magnitude(group: &[[u8; 2]]) -> f32 {
+        let magnitude =
+            group.iter().fold(0, |m: i16, raw| m.max(i16::from_le_bytes(*raw) & 0x7fff));
+        Self::widen(magnitude.to_le_bytes())
+    }
 }
 
 impl Element for F16 {
     type Raw = [u8; 2];
     const SIZE: usize = 2;
     const EPSILON: f32 = 1.0 / 1024.0;
+    const SMALLEST: f32 = 1.0 / 16384.0;
 
     #[inline(always)]
     fn split(bytes: &[u8]) -> &[[u8; 2]] {
@@ -247,12 +303,26 @@ impl Element for F16 {
         let (min, max) = extreme_bits_16(group);
         Extremes { min: Self::widen(min), max: Self::widen(max) }
     }
+
+    #[inline(always)]
+    fn range(group: &[[u8; 2]]) -> Extremes {
+        let (min, max) = range_bits_16(group);
+        Extremes { min: Self::widen(min), max: Self::widen(max) }
+    }
+
+    #[inline(always)]
+    fn magnitude(group: &[[u8; 2]]) -> f32 {
+        let magnitude =
+            group.iter().fold(0, |m: i16, raw| m.max(i16::from_le_bytes(*raw) & 0x7fff));
+        Self::widen(magnitude.to_le_bytes())
+    }
 }
 
 impl Element for F32 {
     type Raw = [u8; 4];
     const SIZE: usize = 4;
     const EPSILON: f32 = f32::EPSILON;
+    const SMALLEST: f32 = f32::MIN_POSITIVE;
 
     #[inline(always)]
     fn split(bytes: &[u8]) -> &[[u8; 4]] {
@@ -294,6 +364,24 @@ impl Element for F32 {
         }
         Extremes { min: f32::from_bits(min), max: f32::from_bits(max as u32) }
     }
+
+    #[inline(always)]
+    fn range(group: &[[u8; 4]]) -> Extremes {
+        let order = |bits: i32| bits ^ ((bits >> 31) & i32::MAX);
+        let (mut min, mut max) = (i32::MAX, i32::MIN);
+        for &raw in group {
+            let key = order(i32::from_le_bytes(raw));
+            (min, max) = (min.min(key), max.max(key));
+        }
+        let value = |key| f32::from_bits(order(key).cast_unsigned());
+        Extremes { min: value(min), max: value(max) }
+    }
+
+    #[inline(always)]
+    fn magnitude(group: &[[u8; 4]]) -> f32 {
+        let magnitude = |m: i32, raw: &[u8; 4]| m.max(i32::from_le_bytes(*raw) & i32::MAX);
+        f32::from_bits(group.iter().fold(0, magnitude).cast_unsigned())
+    }
 }
 
 #[inline(always)]
@@ -304,6 +392,17 @@ fn extreme_bits_16(group: &[[u8; 2]]) -> ([u8; 2], [u8; 2]) {
         max = i16::from_le_bytes(raw).max(max);
     }
     (min.to_le_bytes(), max.to_le_bytes())
+}
+
+#[inline(always)]
+fn range_bits_16(group: &[[u8; 2]]) -> ([u8; 2], [u8; 2]) {
+    let order = |bits: i16| bits ^ ((bits >> 15) & i16::MAX);
+    let (mut min, mut max) = (i16::MAX, i16::MIN);
+    for &raw in group {
+        let key = order(i16::from_le_bytes(raw));
+        (min, max) = (min.min(key), max.max(key));
+    }
+    (order(min).to_le_bytes(), order(max).to_le_bytes())
 }
 
 #[cfg(test)]
@@ -414,11 +513,24 @@ mod tests {
                 assert_eq!((e.min, e.max), (min, max));
                 assert_eq!(e.magnitude(), f32::max(-min, max));
             }
+            let largest = xs.iter().fold(f32::NEG_INFINITY, |m, &x| m.max(x));
+            let smallest = xs.iter().fold(f32::INFINITY, |m, &x| m.min(x));
+            for e in [F32::range(&raw(xs)), Bf16::range(&raw_bf16(xs))] {
+                assert_eq!((e.min, e.max), (smallest, largest));
+            }
+            assert_eq!(F32::magnitude(&raw(xs)), f32::max(-min, max));
+            assert_eq!(Bf16::magnitude(&raw_bf16(xs)), f32::max(-min, max));
         }
         for nan in [f32::NAN, -f32::NAN] {
             for other in [inf, -inf, 1.0] {
                 assert!(F32::extremes(&raw(&[other, nan])).magnitude().is_nan());
                 assert!(Bf16::extremes(&raw_bf16(&[nan, other])).magnitude().is_nan());
+                assert!(F32::magnitude(&raw(&[other, nan])).is_nan());
+                assert!(Bf16::magnitude(&raw_bf16(&[nan, other])).is_nan());
+                let e = Bf16::range(&raw_bf16(&[nan, other]));
+                assert!(e.min.is_nan() || e.max.is_nan());
+                let e = F32::range(&raw(&[other, nan]));
+                assert!(e.min.is_nan() || e.max.is_nan());
             }
         }
     }

@@ -564,6 +564,26 @@ fn is_embedding(module: &str) -> bool {
     words(split_last(module).1).any(|word| word.starts_with("embed"))
 }
 
+/// Whether a module looks up tokens, and nothing else, under the name that it has.
+pub(super) fn is_token_embedding(module: &str) -> bool {
+    matches!(
+        split_last(module).1,
+        "embed_tokens"
+            | "wte"
+            | "word_embeddings"
+            | "tok_embeddings"
+            | "token_embedding"
+            | "token_embeddings"
+            | "tokens_embed"
+            | "embed_in"
+    )
+}
+
+/// Whether an output head makes logits of tokens.
+pub(super) fn is_language_head(module: &str) -> bool {
+    matches!(split_last(module).1, "lm_head" | "embed_out")
+}
+
 /// A word that says that something is multiplied, whatever else is in the name.
 fn is_projection(leaf: &str) -> bool {
     words(leaf).any(|word| {

@@ -12,10 +12,10 @@ use serde_json::Value;
 
 use crate::dtype::Dtype;
 use crate::error::Result;
-use crate::quant::{Granularity, Quality, Scheme};
+use crate::quant::{Granularity, Quality, Scheme, Storage};
 use crate::source::{Catalog, Tensor, TensorId};
 use ignore::KeptModule;
-use linear::Kind;
+use linear::{Kind, Reason};
 use pattern::Patterns;
 
 /// What the user asked for: flags, before any checkpoint is looked at.
@@ -31,6 +31,10 @@ pub struct Request {
     pub symmetric: Option<bool>,
     /// How scales are chosen.
     pub quality: Quality,
+    /// How block scales are stored; the format's default where `None`.
+    pub scale_format: Option<ScaleFormat>,
+    /// What bitsandbytes' codes are declared as; U8 where `None`.
+    pub storage: Option<Storage>,
     /// Modules to keep: globs, or regexes after `re:`.
     pub skip: Vec<String>,
     /// The only modules to quantize: globs, or regexes after `re:`; empty for all.
@@ -45,10 +49,21 @@ impl Default for Request {
             granularity: None,
             symmetric: None,
             quality: Quality::Search,
+            scale_format: None,
+            storage: None,
             skip: Vec::new(),
             only: Vec::new(),
         }
     }
+}
+
+/// How the scales of FP8 blocks are stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ScaleFormat {
+    /// In F32.
+    F32,
+    /// As powers of two, in E8M0.
+    Ue8m0,
 }
 
 /// What happens to one tensor.
@@ -105,7 +120,31 @@ impl Assignment {
         request: &Request,
         schemes: impl Into<Schemes>,
     ) -> Result<Self> {
-        let schemes = schemes.into();
+        Self::decide(catalog, config, request, schemes.into(), Ends::Keep)
+    }
+
+    /// As [`new`](Self::new), for a loader that takes token embeddings and the output head
+    /// quantized as well.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn with_ends(
+        catalog: &Catalog,
+        config: Option<&Value>,
+        request: &Request,
+        schemes: impl Into<Schemes>,
+    ) -> Result<Self> {
+        let ends = if is_untied(config) { Ends::QuantizeBoth } else { Ends::QuantizeEmbedding };
+        Self::decide(catalog, config, request, schemes.into(), ends)
+    }
+
+    fn decide(
+        catalog: &Catalog,
+        config: Option<&Value>,
+        request: &Request,
+        schemes: Schemes,
+        ends: Ends,
+    ) -> Result<Self> {
         quantized::refuse(catalog, config)?;
         let skip = Patterns::new("--skip", &request.skip)?;
         let only = Patterns::new("--only", &request.only)?;
@@ -123,7 +162,7 @@ impl Assignment {
             .tensors()
             .iter()
             .zip(&kinds)
-            .map(|(tensor, kind)| decide(tensor, *kind, &skip, &only, schemes))
+            .map(|(tensor, kind)| decide(tensor, *kind, &skip, &only, schemes, ends))
             .collect();
         keep_fused_together(catalog, &mut decisions);
         let mut warnings = Vec::new();
@@ -208,17 +247,45 @@ fn is_float(dtype: Dtype) -> bool {
     matches!(dtype, Dtype::F16 | Dtype::BF16 | Dtype::F32 | Dtype::F64)
 }
 
+/// What becomes of the first and last layer of a language model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ends {
+    Keep,
+    QuantizeEmbedding,
+    QuantizeBoth,
+}
+
+impl Ends {
+    fn quantizes(self, module: &str, reason: Reason) -> bool {
+        match reason {
+            Reason::Embedding => self != Self::Keep && linear::is_token_embedding(module),
+            Reason::OutputHead => self == Self::QuantizeBoth && linear::is_language_head(module),
+            _ => false,
+        }
+    }
+}
+
+/// Whether the config says that the output head has a weight of its own. Where it doesn't, a loader
+/// may drop that weight, and would not know what to do with its scales.
+fn is_untied(config: Option<&Value>) -> bool {
+    let says = |value: Option<&Value>| value?.get("tie_word_embeddings")?.as_bool();
+    let text = config.and_then(|config| config.get("text_config"));
+    says(config).or(says(text)) == Some(false)
+}
+
 fn decide(
     tensor: &Tensor,
     kind: Kind,
     skip: &Patterns,
     only: &Patterns,
     schemes: Schemes,
+    ends: Ends,
 ) -> Decision {
     let keep = |reason: Cow<'static, str>| Decision::Keep { reason, linear: kind.may_be_linear() };
     let module = module_of(&tensor.name);
     match kind {
         Kind::Linear => {}
+        Kind::Spared(reason) | Kind::Other(reason) if ends.quantizes(module, reason) => {}
         Kind::Spared(reason) if reason.is_opt_in() && only.find(module).is_some() => {}
         Kind::Spared(reason) | Kind::Doubtful(reason) | Kind::Other(reason) => {
             return keep(reason.as_str().into());

@@ -3,8 +3,6 @@
 use std::fmt::Write as _;
 use std::ops::Range;
 
-use serde_json::Map;
-
 use super::buffers::{Buffer, Buffers};
 use super::cache::{Cache, ChunkKey};
 use super::shard::{Piece, VirtualShard};
@@ -55,7 +53,12 @@ impl Model {
             Vec::new()
         } else {
             let lay_out = |(ids, shard): (Vec<usize>, &crate::source::Shard)| {
-                VirtualShard::new(checkpoint.catalog(), &plan, &ids, &metadata(&shard.metadata))
+                VirtualShard::new(
+                    checkpoint.catalog(),
+                    &plan,
+                    &ids,
+                    &metadata(plan.framework, &shard.metadata),
+                )
             };
             ids.into_iter().zip(checkpoint.shards()).map(lay_out).collect()
         };
@@ -138,10 +141,8 @@ impl Model {
 
     /// `config.json` with the quantization declared, where there is one and it changes.
     pub(super) fn config_text(&self) -> Option<Vec<u8>> {
-        let declared = self.plan.quantization_config.clone()?;
-        let source = self.checkpoint.config()?;
-        let append = Map::from_iter([("quantization_config".to_owned(), declared)]);
-        Some(config::edited(&source.text, &[], &append).into_bytes())
+        let source = self.checkpoint.config().filter(|_| !self.plan.config.is_empty())?;
+        Some(config::edited(&source.text, &[], &self.plan.config).into_bytes())
     }
 
     /// Fills `buf` from `offset` of a virtual shard; the range lies within it.
@@ -281,7 +282,7 @@ impl Model {
 
 /// A virtual shard's `__metadata__`: the source's, in a framework that loaders of quantized
 /// checkpoints accept.
-fn metadata(source: &[(String, String)]) -> Vec<(String, String)> {
+fn metadata(framework: &str, source: &[(String, String)]) -> Vec<(String, String)> {
     let others = source.iter().filter(|(key, _)| key != "format").cloned();
-    std::iter::once(("format".to_owned(), "pt".to_owned())).chain(others).collect()
+    std::iter::once(("format".to_owned(), framework.to_owned())).chain(others).collect()
 }

@@ -1,0 +1,93 @@
+//! Prints how fast each scheme encodes, on one core, beside int4.
+
+use std::time::Instant;
+
+use aq_fs::dtype::Dtype;
+use aq_fs::quant::{
+    AffineScheme, Codebook, CodebookScheme, Fp8Grain, Fp8Scale, Fp8Scheme, Granularity, IntScheme,
+    Isa, LlmInt8Scheme, MicroDialect, MicroFloat, MicroScheme, Packing, Quality, Reals, Scheme,
+    Storage, Tile,
+};
+
+const ROWS: usize = 256;
+const COLS: usize = 4096;
+
+fn schemes(quality: Quality) -> Vec<Scheme> {
+    let int = |bits| IntScheme {
+        bits,
+        granularity: Granularity::Group(128),
+        symmetric: true,
+        packing: Packing::Packed32,
+        quality,
+    };
+    let mut out = vec![Scheme::Int(int(4)), Scheme::Int(int(8))];
+    for (bits, group_size) in [(4, 64), (2, 64), (3, 64), (5, 64), (6, 64), (8, 64), (4, 32)] {
+        out.push(Scheme::Affine(AffineScheme { bits, group_size, quality }));
+    }
+    for (float, dialect) in [
+        (MicroFloat::E2m1, MicroDialect::CompressedTensors),
+        (MicroFloat::E4m3, MicroDialect::CompressedTensors),
+        (MicroFloat::E2m1, MicroDialect::MlxPower),
+        (MicroFloat::E4m3, MicroDialect::MlxPower),
+        (MicroFloat::E2m1, MicroDialect::MlxE4m3),
+    ] {
+        out.push(Scheme::Micro(MicroScheme { float, dialect, quality }));
+    }
+    for (grain, scale) in [
+        (Fp8Grain::Channel, Fp8Scale::Source),
+        (Fp8Grain::Block(128), Fp8Scale::Source),
+        (Fp8Grain::Block(128), Fp8Scale::Inverse),
+    ] {
+        out.push(Scheme::Fp8(Fp8Scheme { grain, scale, whole_blocks: false }));
+    }
+    for codebook in [Codebook::Nf4, Codebook::Fp4] {
+        let (block_size, storage) = (64, Storage::U8);
+        out.push(Scheme::Codebook(CodebookScheme { codebook, block_size, storage, quality }));
+    }
+    out.push(Scheme::LlmInt8(LlmInt8Scheme));
+    out
+}
+
+/// Source bytes a second: the best of many rounds.
+fn rate(scheme: Scheme, isa: Isa, dtype: Dtype, bytes: &[u8]) -> f64 {
+    let shape = [ROWS as u64, COLS as u64];
+    let mut parts: Vec<_> =
+        scheme.parts(dtype, &shape).iter().map(|part| vec![0; part.bytes() as usize]).collect();
+    let (slab, width) = scheme.grid(dtype, &shape, u64::MAX).view();
+    let data = Reals::new(dtype, bytes).expect("a float type");
+    let tile = Tile { data, rows: slab as usize, cols: width as usize, stride: width as usize };
+    let mut best = f64::INFINITY;
+    for _ in 0..40 {
+        let mut out: Vec<&mut [u8]> = parts.iter_mut().map(|part| &mut part[..]).collect();
+        let start = Instant::now();
+        scheme.encode(isa, &tile, &mut out);
+        best = best.min(start.elapsed().as_secs_f64());
+    }
+    bytes.len() as f64 / best
+}
+
+fn main() {
+    let mut seed = 1u64;
+    let mut uniform = || {
+        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (seed >> 40) as f32 / (1u64 << 24) as f32
+    };
+    let weight: Vec<f32> =
+        (0..ROWS * COLS).map(|_| ((0..4).map(|_| uniform()).sum::<f32>() - 2.0) * 0.1).collect();
+    let bf16: Vec<u8> =
+        weight.iter().flat_map(|x| ((x.to_bits() >> 16) as u16).to_le_bytes()).collect();
+    let f32s: Vec<u8> = weight.iter().flat_map(|x| x.to_le_bytes()).collect();
+    for isa in Isa::available() {
+        for (dtype, bytes) in [(Dtype::BF16, &bf16), (Dtype::F32, &f32s)] {
+            for quality in [Quality::Reference, Quality::Search] {
+                let int4 = rate(schemes(quality)[0], isa, dtype, bytes);
+                println!("{} {dtype}", isa.name());
+                for scheme in schemes(quality) {
+                    let rate = rate(scheme, isa, dtype, bytes);
+                    let gb = rate / 1e9;
+                    println!("  {gb:6.2} GB/s, int4's time x {:5.2}: {scheme}", int4 / rate);
+                }
+            }
+        }
+    }
+}

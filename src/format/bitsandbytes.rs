@@ -1,0 +1,185 @@
+//! bitsandbytes: NF4, FP4 and LLM.int8.
+//!
+//! For the weight `X.weight` of shape `[R, C]`, with blocks of `n` of its `R*C` weights in a row:
+//!
+//! ```text
+//! 4 bits
+//!   X.weight                                  U8   [R*C/2, 1]      the first of two in the upper half
+//!   X.weight.absmax                           F32  [ceil(R*C/n)]
+//!   X.weight.quant_map                        F32  [16]            the table
+//!   X.weight.quant_state.bitsandbytes__nf4    U8   [length]        JSON; or `__fp4`
+//!
+//! int8
+//!   X.weight                                  I8   [R, C]
+//!   X.SCB                                     F32  [R]             the largest magnitude of a row
+//!   X.weight_format                           U8   []              0, for rows
+//! ```
+//!
+//! `X.weight` of 4 bits may be declared as BF16, F16 or F32, of the same bytes.
+//!
+//! Upstream: `bitsandbytes/functional.py` and `nn/modules.py` of bitsandbytes 0.50.2,
+//! `quantizers/quantizer_bnb_4bit.py` of transformers 5.23.
+
+use serde_json::{Value, json};
+
+use super::takes::{Grain, Takes};
+use super::{Format, Plan, skip};
+use crate::dtype::Dtype;
+use crate::error::Result;
+use crate::quant::{Codebook, CodebookScheme, Granularity, LlmInt8Scheme, Scheme, Storage};
+use crate::recipe::{Assignment, Decision, Request};
+use crate::source::Catalog;
+
+/// One of the 4-bit formats.
+#[derive(Debug)]
+pub(super) struct FourBit {
+    name: &'static str,
+    about: &'static str,
+    codebook: Codebook,
+    quant_type: &'static str,
+    quant_state: &'static str,
+}
+
+/// `bnb-nf4`: quantiles of a normal distribution.
+pub(super) static NF4: FourBit = FourBit {
+    name: "bnb-nf4",
+    about: "bitsandbytes NF4, for transformers, diffusers and vLLM",
+    codebook: Codebook::Nf4,
+    quant_type: "nf4",
+    quant_state: "weight.quant_state.bitsandbytes__nf4",
+};
+
+/// `bnb-fp4`: a float of 4 bits.
+pub(super) static FP4: FourBit = FourBit {
+    name: "bnb-fp4",
+    about: "bitsandbytes FP4, for transformers, diffusers and vLLM",
+    codebook: Codebook::Fp4,
+    quant_type: "fp4",
+    quant_state: "weight.quant_state.bitsandbytes__fp4",
+};
+
+/// `bnb-int8`: LLM.int8.
+#[derive(Debug)]
+pub(super) struct Int8;
+
+/// The one [`Int8`].
+pub(super) static INT8: Int8 = Int8;
+
+impl Format for FourBit {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn about(&self) -> &'static str {
+        self.about
+    }
+
+    fn plan(&self, catalog: &Catalog, config: Option<&Value>, request: &Request) -> Result<Plan> {
+        let takes = Takes {
+            bits: &[4],
+            grain: Grain::FlatBlocks(&[32, 64, 128, 256, 512, 1024, 2048, 4096]),
+            symmetry: Some(true),
+            scale_format: false,
+            storage: true,
+        };
+        takes.check(self.name, request)?;
+        let block_size = match request.granularity {
+            Some(Granularity::Group(size)) => size,
+            _ => 64,
+        };
+        let storage = request.storage.unwrap_or(Storage::U8);
+        let (codebook, quality) = (self.codebook, request.quality);
+        let scheme = Scheme::Codebook(CodebookScheme { codebook, block_size, storage, quality });
+        let assignment = Assignment::new(catalog, config, request, scheme)?;
+        let mut plan = Plan::new(assignment, catalog.tensors().len() * 4);
+        let table: Vec<u8> = codebook.table().iter().flat_map(|x| x.to_le_bytes()).collect();
+        for (id, tensor) in catalog.tensors().iter().enumerate() {
+            let Decision::Quantize(scheme) = plan.assignment[id] else {
+                plan.keep(id);
+                continue;
+            };
+            plan.encode(id, scheme, &["weight", "weight.absmax"]);
+            plan.inline(id, "weight.quant_map", (Dtype::F32, &[16]), table.clone());
+            // As Python's `json.dumps` spaces it.
+            let state = format!(
+                r#"{{"quant_type": "{}", "blocksize": {block_size}, "dtype": "{}", "shape": [{}, {}]}}"#,
+                self.quant_type,
+                torch_name(tensor.dtype),
+                tensor.shape[0],
+                tensor.shape[1]
+            );
+            let len = state.len() as u64;
+            plan.inline(id, self.quant_state, (Dtype::U8, &[len]), state.into_bytes());
+        }
+        let mut declared = declared(&plan, catalog);
+        declared["load_in_4bit"] = true.into();
+        declared["bnb_4bit_quant_type"] = self.quant_type.into();
+        declared["bnb_4bit_use_double_quant"] = false.into();
+        declared["bnb_4bit_quant_storage"] = torch_name(storage.dtype()).into();
+        if let Some(weight) = plan.weights.first() {
+            declared["bnb_4bit_compute_dtype"] = torch_name(catalog[weight.tensor].dtype).into();
+        }
+        plan.declare("quantization_config", declared);
+        Ok(plan)
+    }
+}
+
+impl Format for Int8 {
+    fn name(&self) -> &'static str {
+        "bnb-int8"
+    }
+
+    fn about(&self) -> &'static str {
+        "bitsandbytes LLM.int8, for transformers and diffusers"
+    }
+
+    fn plan(&self, catalog: &Catalog, config: Option<&Value>, request: &Request) -> Result<Plan> {
+        let takes = Takes {
+            bits: &[8],
+            grain: Grain::Channel,
+            symmetry: Some(true),
+            scale_format: false,
+            storage: false,
+        };
+        takes.check(self.name(), request)?;
+        let scheme = Scheme::LlmInt8(LlmInt8Scheme);
+        let assignment = Assignment::new(catalog, config, request, scheme)?;
+        let mut plan = Plan::new(assignment, catalog.tensors().len() * 3);
+        for id in 0..catalog.tensors().len() {
+            match plan.assignment[id] {
+                Decision::Quantize(scheme) => {
+                    plan.encode(id, scheme, &["weight", "SCB"]);
+                    plan.inline(id, "weight_format", (Dtype::U8, &[]), [0]);
+                }
+                Decision::Keep { .. } => plan.keep(id),
+            }
+        }
+        let mut declared = declared(&plan, catalog);
+        declared["load_in_8bit"] = true.into();
+        plan.declare("quantization_config", declared);
+        Ok(plan)
+    }
+}
+
+/// What all of bitsandbytes declares, as transformers writes it.
+fn declared(plan: &Plan, catalog: &Catalog) -> Value {
+    json!({
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": false,
+        "load_in_8bit": false,
+        "llm_int8_threshold": 6.0,
+        "llm_int8_skip_modules": skip::modules(plan, catalog),
+        "llm_int8_enable_fp32_cpu_offload": false,
+        "llm_int8_has_fp16_weight": false,
+    })
+}
+
+/// The name of an element type in PyTorch.
+fn torch_name(dtype: Dtype) -> &'static str {
+    match dtype {
+        Dtype::BF16 => "bfloat16",
+        Dtype::F16 => "float16",
+        Dtype::F32 => "float32",
+        _ => "uint8",
+    }
+}

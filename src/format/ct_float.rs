@@ -1,0 +1,159 @@
+//! compressed-tensors floats: FP8 per channel and block, MXFP4, MXFP8.
+//!
+//! For the weight `X.weight` of shape `[R, C]`:
+//!
+//! ```text
+//! float-quantized (W8A8; activations quantized by the loader, per token or per 128 of it)
+//!   X.weight         F8_E4M3      [R, C]
+//!   X.weight_scale   as X.weight  [R, 1], or of blocks [ceil(R/128), ceil(C/128)]
+//!
+//! mxfp4-pack-quantized (weight-only)
+//!   X.weight_packed  U8           [R, C/2]   E2M1, the even column in the lower half
+//!   X.weight_scale   U8           [R, C/32]  E8M0
+//!
+//! mxfp8-quantized (weight-only)
+//!   X.weight         F8_E4M3      [R, C]
+//!   X.weight_scale   U8           [R, C/32]  E8M0
+//! ```
+//!
+//! Upstream: `compressed_tensors/compressors/naive_quantized`, `mxfp4` and `mxfp8` of
+//! github.com/vllm-project/compressed-tensors 0.19.0.
+
+use serde_json::{Value, json};
+
+use super::compressed_tensors::{declared, group};
+use super::takes::{Grain, Takes};
+use super::{Format, Plan};
+use crate::error::Result;
+use crate::quant::{
+    Fp8Grain, Fp8Scale, Fp8Scheme, MicroDialect, MicroFloat, MicroScheme, Quality, Scheme,
+};
+use crate::recipe::{Assignment, Decision, Request};
+use crate::source::Catalog;
+
+/// One of the float formats.
+#[derive(Debug)]
+pub(super) struct CtFloat {
+    name: &'static str,
+    about: &'static str,
+    takes: Takes,
+    scheme: fn(Quality) -> Scheme,
+    suffixes: &'static [&'static str],
+    /// Its name in the config.
+    format: &'static str,
+    /// What the config says of weights beyond their bits.
+    weights: fn() -> Value,
+    /// What it says of activations.
+    activations: fn() -> Value,
+}
+
+/// `ct-fp8`: one scale per output channel.
+pub(super) static FP8: CtFloat = CtFloat {
+    name: "ct-fp8",
+    about: "FP8 per channel, activations per token, for transformers, vLLM, SGLang and mistral.rs",
+    takes: takes(8, Grain::Channel),
+    scheme: |_| fp8(Fp8Grain::Channel),
+    suffixes: &["weight", "weight_scale"],
+    format: "float-quantized",
+    weights: || json!({ "strategy": "channel" }),
+    activations: || json!({ "num_bits": 8, "type": "float", "symmetric": true, "strategy": "token", "dynamic": true }),
+};
+
+/// `ct-fp8-block`: one scale per block of 128 x 128.
+pub(super) static FP8_BLOCK: CtFloat = CtFloat {
+    name: "ct-fp8-block",
+    about: "FP8 per block of 128 x 128, for transformers, vLLM, SGLang and mistral.rs",
+    takes: takes(8, Grain::Squares(128)),
+    scheme: |_| fp8(Fp8Grain::Block(128)),
+    suffixes: &["weight", "weight_scale"],
+    format: "float-quantized",
+    weights: || json!({ "strategy": "block", "block_structure": [128, 128] }),
+    activations: || {
+        json!({
+            "num_bits": 8,
+            "type": "float",
+            "symmetric": true,
+            "strategy": "group",
+            "group_size": 128,
+            "dynamic": true,
+        })
+    },
+};
+
+/// `ct-mxfp4`: E2M1 with a power of two for 32.
+pub(super) static MXFP4: CtFloat = CtFloat {
+    name: "ct-mxfp4",
+    about: "MXFP4, weight-only, for transformers and vLLM",
+    takes: takes(4, Grain::Groups(&[32])),
+    scheme: |quality| micro(MicroFloat::E2m1, quality),
+    suffixes: &["weight_packed", "weight_scale"],
+    format: "mxfp4-pack-quantized",
+    weights: of_32,
+    activations: || Value::Null,
+};
+
+/// `ct-mxfp8`: E4M3 with a power of two for 32.
+pub(super) static MXFP8: CtFloat = CtFloat {
+    name: "ct-mxfp8",
+    about: "MXFP8, weight-only, for transformers and vLLM",
+    takes: takes(8, Grain::Groups(&[32])),
+    scheme: |quality| micro(MicroFloat::E4m3, quality),
+    suffixes: &["weight", "weight_scale"],
+    format: "mxfp8-quantized",
+    weights: of_32,
+    activations: || Value::Null,
+};
+
+const fn takes(bits: u8, grain: Grain) -> Takes {
+    let bits: &[u8] = if bits == 4 { &[4] } else { &[8] };
+    Takes { bits, grain, symmetry: Some(true), scale_format: false, storage: false }
+}
+
+fn fp8(grain: Fp8Grain) -> Scheme {
+    Scheme::Fp8(Fp8Scheme { grain, scale: Fp8Scale::Source, whole_blocks: false })
+}
+
+fn micro(float: MicroFloat, quality: Quality) -> Scheme {
+    Scheme::Micro(MicroScheme { float, dialect: MicroDialect::CompressedTensors, quality })
+}
+
+fn of_32() -> Value {
+    json!({ "strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8" })
+}
+
+impl Format for CtFloat {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn about(&self) -> &'static str {
+        self.about
+    }
+
+    fn plan(&self, catalog: &Catalog, config: Option<&Value>, request: &Request) -> Result<Plan> {
+        self.takes.check(self.name, request)?;
+        let scheme = (self.scheme)(request.quality);
+        let assignment = Assignment::new(catalog, config, request, scheme)?;
+        let mut plan = Plan::new(assignment, catalog.tensors().len() * 2);
+        for id in 0..catalog.tensors().len() {
+            match plan.assignment[id] {
+                Decision::Quantize(scheme) => plan.encode(id, scheme, self.suffixes),
+                Decision::Keep { .. } => plan.keep(id),
+            }
+        }
+        let mut weights = json!({
+            "num_bits": self.takes.bits[0],
+            "type": "float",
+            "symmetric": true,
+            "dynamic": false,
+        });
+        for (key, value) in (self.weights)().as_object().into_iter().flatten() {
+            weights[key] = value.clone();
+        }
+        let groups =
+            json!({ "group_0": group(self.format, "Linear", weights, (self.activations)()) });
+        let value = declared(&self.format.into(), &groups, plan.assignment.ignore());
+        plan.declare("quantization_config", value);
+        Ok(plan)
+    }
+}

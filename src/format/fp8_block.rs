@@ -1,0 +1,71 @@
+//! FP8 blocks of transformers' own `fp8`, as in DeepSeek-V3.
+//!
+//! For the weight `X.weight` of shape `[R, C]`, both multiples of 128:
+//!
+//! ```text
+//! X.weight            F8_E4M3  [R, C]
+//! X.weight_scale_inv  F32      [R/128, C/128]  what codes are multiplied by; or F8_E8M0
+//! ```
+//!
+//! Weights that are not whole blocks are kept, as upstream keeps them.
+//!
+//! Upstream: `integrations/finegrained_fp8.py` of transformers 5.23.
+
+use serde_json::{Value, json};
+
+use super::takes::{Grain, Takes};
+use super::{Format, Plan, skip};
+use crate::error::Result;
+use crate::quant::{Fp8Grain, Fp8Scale, Fp8Scheme, Scheme};
+use crate::recipe::{Assignment, Decision, Request, ScaleFormat};
+use crate::source::Catalog;
+
+/// `fp8-block`: one scale per block of 128 x 128.
+#[derive(Debug)]
+pub(super) struct Fp8Block;
+
+impl Format for Fp8Block {
+    fn name(&self) -> &'static str {
+        "fp8-block"
+    }
+
+    fn about(&self) -> &'static str {
+        "FP8 per block of 128 x 128 as in DeepSeek-V3, for transformers, vLLM, SGLang and mistral.rs"
+    }
+
+    fn plan(&self, catalog: &Catalog, config: Option<&Value>, request: &Request) -> Result<Plan> {
+        let takes = Takes {
+            bits: &[8],
+            grain: Grain::Squares(128),
+            symmetry: Some(true),
+            scale_format: true,
+            storage: false,
+        };
+        takes.check(self.name(), request)?;
+        let (scale, scale_fmt) = match request.scale_format {
+            None | Some(ScaleFormat::F32) => (Fp8Scale::Inverse, "float"),
+            Some(ScaleFormat::Ue8m0) => (Fp8Scale::Power, "ue8m0"),
+        };
+        let grain = Fp8Grain::Block(128);
+        let scheme = Scheme::Fp8(Fp8Scheme { grain, scale, whole_blocks: true });
+        let assignment = Assignment::new(catalog, config, request, scheme)?;
+        let mut plan = Plan::new(assignment, catalog.tensors().len() * 2);
+        for id in 0..catalog.tensors().len() {
+            match plan.assignment[id] {
+                Decision::Quantize(scheme) => {
+                    plan.encode(id, scheme, &["weight", "weight_scale_inv"]);
+                }
+                Decision::Keep { .. } => plan.keep(id),
+            }
+        }
+        let declared = json!({
+            "quant_method": "fp8",
+            "activation_scheme": "dynamic",
+            "scale_fmt": scale_fmt,
+            "weight_block_size": [128, 128],
+            "modules_to_not_convert": skip::modules(&plan, catalog),
+        });
+        plan.declare("quantization_config", declared);
+        Ok(plan)
+    }
+}

@@ -1,0 +1,131 @@
+//! MLX: affine integers, MXFP4, MXFP8 and NVFP4, as mlx-lm reads them.
+//!
+//! For the weight `X.weight` of shape `[R, C]`, with `b` bits and groups of `g`:
+//!
+//! ```text
+//! affine  X.weight  U32          [R, C*b/32]  codes, a dense bit stream per row
+//!         X.scales  as X.weight  [R, C/g]
+//!         X.biases  as X.weight  [R, C/g]
+//! others  X.weight  U32          [R, C*b/32]
+//!         X.scales  U8           [R, C/g]     E8M0; in nvfp4 mode E4M3
+//! ```
+//!
+//! Token embeddings and the output head are quantized too. A loader takes a module for quantized
+//! when it has `scales`, so what is kept needs no list. Both `quantization` and
+//! `quantization_config` declare the same.
+//!
+//! Upstream: `mlx.core.quantize` of mlx 0.32.4, `mlx_lm/utils.py` of mlx-lm 0.32.2.
+
+use serde_json::{Value, json};
+
+use super::takes::{Grain, Takes};
+use super::{Format, Plan};
+use crate::error::Result;
+use crate::quant::{
+    AffineScheme, Granularity, MicroDialect, MicroFloat, MicroScheme, Quality, Scheme,
+};
+use crate::recipe::{Assignment, Decision, Request};
+use crate::source::Catalog;
+
+/// One of MLX's modes of quantization.
+#[derive(Debug)]
+pub(super) struct Mlx {
+    name: &'static str,
+    about: &'static str,
+    mode: &'static str,
+    takes: Takes,
+    /// The format's default, and only, bits and group where it has no choice.
+    bits: u8,
+    group_size: u32,
+    scheme: fn(u8, u32, Quality) -> Scheme,
+}
+
+/// `mlx`: affine integers.
+pub(super) static AFFINE: Mlx = Mlx {
+    name: "mlx",
+    about: "affine integers of 2, 3, 4, 5, 6 or 8 bits, for mlx-lm",
+    mode: "affine",
+    takes: takes(&[2, 3, 4, 5, 6, 8], &[32, 64, 128], Some(false)),
+    bits: 4,
+    group_size: 64,
+    scheme: |bits, group_size, quality| Scheme::Affine(AffineScheme { bits, group_size, quality }),
+};
+
+/// `mlx-mxfp4`: E2M1 with a power of two for 32.
+pub(super) static MXFP4: Mlx = Mlx {
+    name: "mlx-mxfp4",
+    about: "MXFP4, for mlx-lm",
+    mode: "mxfp4",
+    takes: takes(&[4], &[32], Some(true)),
+    bits: 4,
+    group_size: 32,
+    scheme: |_, _, quality| micro(MicroFloat::E2m1, MicroDialect::MlxPower, quality),
+};
+
+/// `mlx-mxfp8`: E4M3 with a power of two for 32.
+pub(super) static MXFP8: Mlx = Mlx {
+    name: "mlx-mxfp8",
+    about: "MXFP8, for mlx-lm",
+    mode: "mxfp8",
+    takes: takes(&[8], &[32], Some(true)),
+    bits: 8,
+    group_size: 32,
+    scheme: |_, _, quality| micro(MicroFloat::E4m3, MicroDialect::MlxPower, quality),
+};
+
+/// `mlx-nvfp4`: E2M1 with an E4M3 scale for 16.
+pub(super) static NVFP4: Mlx = Mlx {
+    name: "mlx-nvfp4",
+    about: "NVFP4 without a global scale, for mlx-lm",
+    mode: "nvfp4",
+    takes: takes(&[4], &[16], Some(true)),
+    bits: 4,
+    group_size: 16,
+    scheme: |_, _, quality| micro(MicroFloat::E2m1, MicroDialect::MlxE4m3, quality),
+};
+
+const fn takes(bits: &'static [u8], groups: &'static [u32], symmetry: Option<bool>) -> Takes {
+    let grain = Grain::Groups(groups);
+    Takes { bits, grain, symmetry, scale_format: false, storage: false }
+}
+
+fn micro(float: MicroFloat, dialect: MicroDialect, quality: Quality) -> Scheme {
+    Scheme::Micro(MicroScheme { float, dialect, quality })
+}
+
+impl Format for Mlx {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn about(&self) -> &'static str {
+        self.about
+    }
+
+    fn plan(&self, catalog: &Catalog, config: Option<&Value>, request: &Request) -> Result<Plan> {
+        self.takes.check(self.name, request)?;
+        let bits = request.bits.unwrap_or(self.bits);
+        let group_size = match request.granularity {
+            Some(Granularity::Group(size)) => size,
+            _ => self.group_size,
+        };
+        let scheme = (self.scheme)(bits, group_size, request.quality);
+        let assignment = Assignment::with_ends(catalog, config, request, scheme)?;
+        let mut plan = Plan::new(assignment, catalog.tensors().len() * 3);
+        plan.framework = "mlx";
+        let suffixes: &[&str] = match scheme {
+            Scheme::Affine(_) => &["weight", "scales", "biases"],
+            _ => &["weight", "scales"],
+        };
+        for id in 0..catalog.tensors().len() {
+            match plan.assignment[id] {
+                Decision::Quantize(scheme) => plan.encode(id, scheme, suffixes),
+                Decision::Keep { .. } => plan.keep(id),
+            }
+        }
+        let declared = json!({ "group_size": group_size, "bits": bits, "mode": self.mode });
+        plan.declare("quantization", declared.clone());
+        plan.declare("quantization_config", declared);
+        Ok(plan)
+    }
+}

@@ -1,0 +1,198 @@
+//! MLX's affine codes: a scale and a bias per group.
+//!
+//! With `b` bits, codes `q` run from 0 to `n = 2^b - 1`; a weight is about `q * scale + bias`. All
+//! arithmetic is in f32, whatever the source; `min` and `max` are those of the group itself:
+//!
+//! ```text
+//! s = max((max - min) / n, 1e-7), negative unless |min| > |max|
+//! e = min if |min| > |max|, else max
+//! k = rint(e / s)
+//! scale, bias = e / k, e if k is not 0, else s, 0
+//! q = clamp(rint((x - bias) / scale))
+//! ```
+//!
+//! So the largest magnitude is exact, and so is zero. Scale and bias are rounded to the source's
+//! element type when they are stored, after the codes were made with them. A group with a NaN or an
+//! infinity has the scale NaN, and the code 0 wherever it comes out as NaN.
+
+use crate::dtype::Dtype;
+
+use super::affine_search::Search;
+use super::grid::Grid;
+use super::int::MODERATE;
+use super::isa::{Isa, Kernel};
+use super::pack::{pack, packed_len, unpack, word_of};
+use super::shape::{assert_lengths, bands, grouped, part};
+use super::tile::{Element, Extremes, NAN, Tile, for_element};
+use super::{Part, Quality, Role};
+
+/// Unsigned codes with a scale and a bias per group.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct AffineScheme {
+    /// Bits of a code: 2, 3, 4, 5, 6 or 8.
+    pub bits: u8,
+    /// Input features that share a scale, a multiple of 32.
+    pub group_size: u32,
+    /// How scales and biases are chosen.
+    pub quality: Quality,
+}
+
+impl AffineScheme {
+    pub(super) fn accepts(&self, dtype: Dtype, shape: &[u64]) -> Result<(), String> {
+        if !matches!(self.bits, 2..=6 | 8) {
+            return Err(format!("{} bits are not among 2, 3, 4, 5, 6, 8", self.bits));
+        }
+        if !self.group_size.is_multiple_of(32) {
+            return Err(format!("group size {} is not a multiple of 32", self.group_size));
+        }
+        grouped(dtype, shape, self.group_size.into())
+    }
+
+    pub(super) fn parts(&self, dtype: Dtype, shape: &[u64]) -> Vec<Part> {
+        let (rows, cols) = (shape[0], shape[1]);
+        let groups = cols / u64::from(self.group_size);
+        vec![
+            part(Role::Codes, Dtype::U32, [rows, cols * u64::from(self.bits) / 32]),
+            part(Role::Scale, dtype, [rows, groups]),
+            part(Role::Bias, dtype, [rows, groups]),
+        ]
+    }
+
+    pub(super) fn grid(&self, dtype: Dtype, shape: &[u64], source_bytes: u64) -> Grid {
+        bands(dtype, shape, 1, |shape| self.parts(dtype, shape), source_bytes)
+    }
+
+    pub(super) fn encode(&self, isa: Isa, tile: &Tile<'_>, out: &mut [&mut [u8]]) {
+        let dtype = tile.data.dtype();
+        let parts = self.parts(dtype, &[tile.rows as u64, tile.cols as u64]);
+        assert_lengths(&parts, out.iter().map(|out| out.len()));
+        let [codes, scales, biases] = out else { unreachable!("three parts") };
+        for_element!(dtype, E => isa.run(Encode::<E> {
+            scheme: self,
+            source: E::split(tile.data.bytes()),
+            cols: tile.cols,
+            stride: tile.stride,
+            codes,
+            scales,
+            biases,
+        }));
+    }
+
+    pub(super) fn decode(
+        &self,
+        dtype: Dtype,
+        (rows, cols): (usize, usize),
+        parts: &[&[u8]],
+        out: &mut [f32],
+    ) {
+        assert_eq!(out.len(), rows * cols, "number of elements");
+        let specs = self.parts(dtype, &[rows as u64, cols as u64]);
+        assert_lengths(&specs, parts.iter().map(|part| part.len()));
+        let &[codes, scales, biases] = parts else { unreachable!("three parts") };
+        let group = self.group_size as usize;
+        let row_len = packed_len(cols, self.bits);
+        for_element!(dtype, E => {
+            let (scales, biases) = (E::split(scales), E::split(biases));
+            for (i, out) in out.iter_mut().enumerate() {
+                let codes = &codes[i / cols * row_len..][..row_len];
+                let code = unpack(self.bits, i % cols, |w| word_of(codes, w));
+                let (scale, bias) = (E::widen(scales[i / group]), E::widen(biases[i / group]));
+                // Two operations of that type.
+                *out = E::round(E::round(f32::from(code) * scale) + bias);
+            }
+        });
+    }
+}
+
+/// Scale and bias of a group.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Line {
+    pub(super) scale: f32,
+    pub(super) bias: f32,
+}
+
+/// The scale and bias that MLX chooses for codes up to `high`, before they are rounded.
+#[inline(always)]
+pub(super) fn fit(high: f32, Extremes { min, max }: Extremes) -> Line {
+    if !(max - min).is_finite() {
+        return Line { scale: NAN, bias: NAN };
+    }
+    let step = (max - min) / high;
+    let step = if step > 1e-7 { step } else { 1e-7 };
+    let (edge, step) = if min.abs() > max.abs() { (min, step) } else { (max, -step) };
+    let codes = (edge / step).round_ties_even();
+    if codes == 0.0 {
+        Line { scale: step, bias: 0.0 }
+    } else {
+        Line { scale: edge / codes, bias: edge }
+    }
+}
+
+/// `x` within 0 and `high`, as the nearest integer, ties to even.
+#[inline(always)]
+pub(super) fn code(x: f32, high: f32) -> u8 {
+    let x = if x < 0.0 { 0.0 } else { x };
+    let x = if x > high { high } else { x };
+    // The sum has a spacing of 1.
+    (x + 12_582_912.0).to_bits() as u8
+}
+
+/// The encoding of one tile.
+struct Encode<'a, E: Element> {
+    scheme: &'a AffineScheme,
+    source: &'a [E::Raw],
+    cols: usize,
+    stride: usize,
+    codes: &'a mut [u8],
+    scales: &'a mut [u8],
+    biases: &'a mut [u8],
+}
+
+impl<E: Element> Kernel for Encode<'_, E> {
+    #[inline(always)]
+    fn run(self) {
+        let AffineScheme { bits, group_size, quality } = *self.scheme;
+        let high = ((1u32 << bits) - 1) as f32;
+        let group = group_size as usize;
+        let groups = self.cols / group;
+        let mut row_codes = vec![0; self.cols];
+        let mut search = match quality {
+            Quality::Reference => None,
+            Quality::Search => Some(Search::new(bits, group)),
+        };
+        let rows = self.codes.chunks_exact_mut(packed_len(self.cols, bits));
+        let scales = self.scales.chunks_exact_mut(groups * E::SIZE);
+        let biases = self.biases.chunks_exact_mut(groups * E::SIZE);
+        for (r, ((codes, scales), biases)) in rows.zip(scales).zip(biases).enumerate() {
+            let row = &self.source[r * self.stride..][..self.cols];
+            for (g, group) in row.chunks_exact(group).enumerate() {
+                let out = &mut row_codes[g * group.len()..][..group.len()];
+                let line = match &mut search {
+                    None => encode_group::<E>(high, group, out),
+                    Some(search) => search.encode_group::<E>(group, out),
+                };
+                E::store(E::round(line.scale), &mut scales[g * E::SIZE..]);
+                E::store(E::round(line.bias), &mut biases[g * E::SIZE..]);
+            }
+            pack(bits, &row_codes, codes);
+        }
+    }
+}
+
+/// Encodes a group as MLX does.
+#[inline(always)]
+pub(super) fn encode_group<E: Element>(high: f32, group: &[E::Raw], out: &mut [u8]) -> Line {
+    let line = fit(high, E::range(group));
+    let Line { scale, bias } = line;
+    if MODERATE.contains(&scale.abs()) {
+        for (&raw, out) in group.iter().zip(out) {
+            *out = code((E::widen(raw) - bias) / scale, high);
+        }
+    } else {
+        for (&raw, out) in group.iter().zip(out) {
+            let x = (E::widen(raw) - bias) / scale;
+            *out = if x.is_nan() { 0 } else { code(x, high) };
+        }
+    }
+    line
+}

@@ -1,0 +1,310 @@
+//! bitsandbytes' 4 bits: an entry of a table, and the largest magnitude of a block.
+//!
+//! Blocks run over the flattened weight and may cross rows. With `m` the largest magnitude of a
+//! block, all in f32:
+//!
+//! ```text
+//! y = clamp(x * (1 / max(m, 1e-38)), -1, 1)
+//! q = the entry after the last midpoint of two neighbouring entries that is less than y
+//! ```
+//!
+//! so that a midpoint itself belongs to the lower entry; a weight is `table[q] * m`. A NaN has the
+//! code 0, in a block whose scale is NaN or infinity.
+//!
+//! The search replaces `m` by the scale with the least squared error among some shrunken ones.
+
+use crate::dtype::Dtype;
+
+use super::codebook_search::Search;
+use super::grid::{Axis, Grid, PartBytes};
+use super::isa::{Isa, Kernel};
+use super::shape::{assert_lengths, matrix, part};
+use super::tile::{Element, F32, Tile, for_element};
+use super::{Part, Quality, Role};
+
+/// A table of 16 numbers from -1 to 1.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Codebook {
+    /// The quantiles of a normal distribution.
+    Nf4,
+    /// A float of 4 bits: 0, 1/192 and 1/6 to 1.
+    Fp4,
+}
+
+/// The element type that pairs of codes are declared as. Never changes a byte.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Storage {
+    /// A pair to each.
+    U8,
+    /// Two pairs.
+    Bf16,
+    /// Two pairs.
+    F16,
+    /// Four pairs.
+    F32,
+}
+
+impl Storage {
+    /// The element type.
+    pub fn dtype(self) -> Dtype {
+        match self {
+            Self::U8 => Dtype::U8,
+            Self::Bf16 => Dtype::BF16,
+            Self::F16 => Dtype::F16,
+            Self::F32 => Dtype::F32,
+        }
+    }
+}
+
+/// Entries of a table with a scale per block of the flattened weight.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct CodebookScheme {
+    /// The table.
+    pub codebook: Codebook,
+    /// Weights that share a scale, a multiple of 4.
+    pub block_size: u32,
+    /// What codes are declared as.
+    pub storage: Storage,
+    /// How scales are chosen.
+    pub quality: Quality,
+}
+
+impl Codebook {
+    /// The table, in the order of codes.
+    pub fn table(self) -> [f32; 16] {
+        match self {
+            Self::Nf4 => NF4,
+            Self::Fp4 => FP4,
+        }
+    }
+
+    /// The codes by rising entries; equal ones in the order of codes.
+    const fn order(self) -> [u8; 16] {
+        match self {
+            Self::Nf4 => [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15],
+            Self::Fp4 => [11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3],
+        }
+    }
+
+    /// What the search for the nearest entry needs.
+    #[inline(always)]
+    pub(super) fn steps(self) -> Steps {
+        let (table, order) = (self.table(), self.order());
+        let entry = |i: usize| table[usize::from(order[i])];
+        Steps {
+            midpoint: std::array::from_fn(|i| (entry(i) + entry(i + 1)) / 2.0),
+            is_sorted: self == Self::Nf4,
+            codes: [&order[..8], &order[8..]]
+                .map(|half| half.iter().rev().fold(0, |word, &code| word << 4 | u32::from(code))),
+            lowest: entry(0),
+            height: std::array::from_fn(|i| entry(i + 1) - entry(i)),
+        }
+    }
+}
+
+const NF4: [f32; 16] = [
+    -1.0,
+    -0.696_192_8,
+    -0.525_073_05,
+    -0.394_917_5,
+    -0.284_441_38,
+    -0.184_773_43,
+    -0.091_050_036,
+    0.0,
+    0.079_580_3,
+    0.160_930_2,
+    0.246_112_3,
+    0.337_915_24,
+    0.440_709_83,
+    0.562_617,
+    0.722_956_84,
+    1.0,
+];
+
+const FP4: [f32; 16] = {
+    const TWELFTHS: [f32; 8] = [0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0];
+    let mut table = [0.0; 16];
+    let mut i = 0;
+    while i < 8 {
+        table[i] = TWELFTHS[i] / 12.0;
+        table[i + 8] = -table[i];
+        i += 1;
+    }
+    // Not the negative zero that a float would have here.
+    table[8] = 0.0;
+    table
+};
+
+/// A table as a staircase: where it steps up, from one code and entry to the next.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Steps {
+    pub(super) midpoint: [f32; 15],
+    /// Whether codes rise with their entries.
+    is_sorted: bool,
+    /// The codes by rising entries, eight to a word, the lowest first.
+    codes: [u32; 2],
+    /// The entry below all midpoints.
+    pub(super) lowest: f32,
+    /// From an entry to the next.
+    pub(super) height: [f32; 15],
+}
+
+impl Steps {
+    /// How many midpoints are less than `y`.
+    #[inline(always)]
+    fn below(&self, y: f32) -> u32 {
+        // Selections rather than a lookup, for the compiler to do many at a time.
+        let m = &self.midpoint;
+        let a = y > m[7];
+        let b = y > if a { m[11] } else { m[3] };
+        let (low, high) = (if a { m[9] } else { m[1] }, if a { m[13] } else { m[5] });
+        let c = y > if b { high } else { low };
+        let (low, high) = (if a { m[8] } else { m[0] }, if a { m[12] } else { m[4] });
+        let first = if b { high } else { low };
+        let (low, high) = (if a { m[10] } else { m[2] }, if a { m[14] } else { m[6] });
+        let second = if b { high } else { low };
+        let d = y > if c { second } else { first };
+        let bit = |set: bool, value: u32| if set { value } else { 0 };
+        bit(a, 8) + bit(b, 4) + bit(c, 2) + bit(d, 1)
+    }
+
+    /// The code nearest to `y`.
+    #[inline(always)]
+    fn code(&self, y: f32) -> u8 {
+        let below = self.below(y);
+        let codes = if below < 8 { self.codes[0] } else { self.codes[1] };
+        (codes >> (below % 8 * 4) & 15) as u8
+    }
+}
+
+impl CodebookScheme {
+    pub(super) fn accepts(&self, dtype: Dtype, shape: &[u64]) -> Result<(), String> {
+        let (rows, cols) = matrix(dtype, shape)?;
+        if self.block_size == 0 || !self.block_size.is_multiple_of(4) {
+            return Err(format!("block size {} is not a multiple of 4", self.block_size));
+        }
+        let pairs = self.storage.dtype().bitsize() as u64 / 8;
+        if !(rows * cols).is_multiple_of(2 * pairs) {
+            return Err(format!(
+                "{} weights don't fill elements of {}, {} to each",
+                rows * cols,
+                self.storage.dtype(),
+                2 * pairs
+            ));
+        }
+        Ok(())
+    }
+
+    pub(super) fn parts(&self, _: Dtype, shape: &[u64]) -> Vec<Part> {
+        let weights = shape[0] * shape[1];
+        let pairs = self.storage.dtype().bitsize() as u64 / 8;
+        vec![
+            part(Role::Codes, self.storage.dtype(), [weights / (2 * pairs), 1]),
+            part(Role::Scale, Dtype::F32, [weights.div_ceil(self.block_size.into())]),
+        ]
+    }
+
+    pub(super) fn grid(&self, dtype: Dtype, shape: &[u64], source_bytes: u64) -> Grid {
+        let weights = shape[0] * shape[1];
+        // Blocks that fill a line of the cache with codes.
+        let unit = u64::from(self.block_size) * 2;
+        let parts = [
+            PartBytes { unit: unit / 2, slab: weights / 2 },
+            PartBytes { unit: 8, slab: weights.div_ceil(self.block_size.into()) * 4 },
+        ];
+        let element = (dtype.bitsize() / 8) as u64;
+        Grid::new((1, 1, weights), Axis::Cols, unit, &parts, element, source_bytes)
+    }
+
+    pub(super) fn encode(&self, isa: Isa, tile: &Tile<'_>, out: &mut [&mut [u8]]) {
+        let weights = tile.cols;
+        assert_eq!(tile.rows, 1, "a run of the flattened weight");
+        let [codes, scales] = out else { unreachable!("two parts") };
+        let block = self.block_size as usize;
+        assert_eq!(codes.len(), weights / 2, "bytes of codes");
+        assert_eq!(scales.len(), weights.div_ceil(block) * 4, "bytes of scales");
+        for_element!(tile.data.dtype(), E => isa.run(Encode::<E> {
+            scheme: self,
+            source: &E::split(tile.data.bytes())[..weights],
+            codes,
+            scales,
+        }));
+    }
+
+    pub(super) fn decode(
+        &self,
+        dtype: Dtype,
+        (rows, cols): (usize, usize),
+        parts: &[&[u8]],
+        out: &mut [f32],
+    ) {
+        assert_eq!(out.len(), rows * cols, "number of elements");
+        let specs = self.parts(dtype, &[rows as u64, cols as u64]);
+        assert_lengths(&specs, parts.iter().map(|part| part.len()));
+        let &[codes, scales] = parts else { unreachable!("two parts") };
+        let table = self.codebook.table();
+        let scales = F32::split(scales);
+        for_element!(dtype, E => for (i, out) in out.iter_mut().enumerate() {
+            // The first of a pair is in the upper half.
+            let code = codes[i / 2] >> (4 - i % 2 * 4) & 15;
+            let scale = F32::widen(scales[i / self.block_size as usize]);
+            *out = E::round(table[usize::from(code)] * scale);
+        });
+    }
+}
+
+/// The encoding of one run of blocks.
+struct Encode<'a, E: Element> {
+    scheme: &'a CodebookScheme,
+    source: &'a [E::Raw],
+    codes: &'a mut [u8],
+    scales: &'a mut [u8],
+}
+
+impl<E: Element> Kernel for Encode<'_, E> {
+    #[inline(always)]
+    fn run(self) {
+        let block = self.scheme.block_size as usize;
+        let steps = self.scheme.codebook.steps();
+        let mut search = match self.scheme.quality {
+            Quality::Reference => None,
+            Quality::Search => Some(Search::new(steps, block)),
+        };
+        let mut block_codes = vec![0; block];
+        let codes = self.codes.chunks_mut(block / 2);
+        let scales = self.scales.as_chunks_mut::<4>().0;
+        for ((xs, packed), stored) in self.source.chunks(block).zip(codes).zip(scales) {
+            let magnitude = E::magnitude(xs);
+            let out = &mut block_codes[..xs.len()];
+            let scale = match &mut search {
+                None => magnitude,
+                Some(search) => search.scale::<E>(xs, magnitude),
+            };
+            encode_block::<E>(&steps, xs, scale, out);
+            for (byte, [first, second]) in packed.iter_mut().zip(out.as_chunks::<2>().0) {
+                *byte = first << 4 | second;
+            }
+            F32::store(F32::round(scale), stored);
+        }
+    }
+}
+
+#[inline(always)]
+fn encode_block<E: Element>(steps: &Steps, xs: &[E::Raw], scale: f32, out: &mut [u8]) {
+    let reciprocal = 1.0 / if scale < 1e-38 { 1e-38 } else { scale };
+    // No need to clamp: beyond the last midpoint all is the last entry.
+    if scale < f32::INFINITY && steps.is_sorted {
+        for (&raw, out) in xs.iter().zip(out) {
+            *out = steps.below(E::widen(raw) * reciprocal) as u8;
+        }
+    } else if scale < f32::INFINITY {
+        for (&raw, out) in xs.iter().zip(out) {
+            *out = steps.code(E::widen(raw) * reciprocal);
+        }
+    } else {
+        for (&raw, out) in xs.iter().zip(out) {
+            let y = E::widen(raw) * reciprocal;
+            *out = if y.is_nan() { 0 } else { steps.code(y) };
+        }
+    }
+}

@@ -1,0 +1,251 @@
+//! E4M3 codes with a scale per output channel or block.
+//!
+//! A weight is about `code * scale`; `m` is the largest magnitude of those that share the scale.
+//! `e4m3` rounds to nearest, ties to even, and `r` to the source's element type:
+//!
+//! ```text
+//! compressed-tensors  scale = r(m / 448), the type's epsilon where that is 0
+//!                     q = e4m3(clamp(r(x / scale)))
+//! transformers        s = (1 / m) * 448, 1 where m is 0; scale = 1 / s; all in f32
+//!                     q = e4m3(clamp(x * s))
+//!   ue8m0             scale = 2^ceil(log2(1 / s)), at least 2^-126; s = 1 / scale
+//! ```
+//!
+//! What shares a scale with a NaN or an infinity has the scale NaN or infinity, and is NaN itself
+//! wherever it comes out as NaN. A power of two can't be infinite; there it is NaN as well.
+//!
+//! Codes have the same relative error at every scale, so a search has nothing to find: there is one
+//! quality.
+
+use crate::dtype::Dtype;
+
+use super::grid::Grid;
+use super::int::MODERATE;
+use super::isa::{Isa, Kernel};
+use super::minifloat::{E4M3_MAX, E4M3_NAN, E8M0_NAN, e4m3, e4m3_value, e8m0_ceil, e8m0_value};
+use super::shape::{assert_lengths, bands, matrix, part};
+use super::tile::{Element, F32, NAN, Tile, for_element};
+use super::{Part, Role};
+
+/// Which weights share a scale.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Fp8Grain {
+    /// All input features of an output feature.
+    Channel,
+    /// A square of that many output and input features, cut off at the edges.
+    Block(u32),
+}
+
+/// How scales are chosen and stored.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Fp8Scale {
+    /// compressed-tensors: in the source's element type.
+    Source,
+    /// transformers: in F32.
+    Inverse,
+    /// transformers: a power of two, in E8M0.
+    Power,
+}
+
+/// E4M3 codes with a scale per channel or block.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct Fp8Scheme {
+    /// Which weights share a scale.
+    pub grain: Fp8Grain,
+    /// How scales are chosen and stored.
+    pub scale: Fp8Scale,
+    /// Whether weights that are not whole blocks are refused.
+    pub whole_blocks: bool,
+}
+
+impl Fp8Scheme {
+    pub(super) fn accepts(&self, dtype: Dtype, shape: &[u64]) -> Result<(), String> {
+        let (rows, cols) = matrix(dtype, shape)?;
+        match self.grain {
+            Fp8Grain::Block(0) => Err("block size 0".to_owned()),
+            Fp8Grain::Block(size) if self.whole_blocks => {
+                let is_whole = |dim: u64| dim.is_multiple_of(size.into());
+                if is_whole(rows) && is_whole(cols) {
+                    Ok(())
+                } else {
+                    Err(format!("shape {shape:?} is not in whole blocks of {size} x {size}"))
+                }
+            }
+            _ => Ok(()),
+        }
+    }
+
+    pub(super) fn parts(&self, dtype: Dtype, shape: &[u64]) -> Vec<Part> {
+        let (rows, cols) = (shape[0], shape[1]);
+        let scales = match self.grain {
+            Fp8Grain::Channel => [rows, 1],
+            Fp8Grain::Block(size) => [rows.div_ceil(size.into()), cols.div_ceil(size.into())],
+        };
+        let scale = match self.scale {
+            Fp8Scale::Source => dtype,
+            Fp8Scale::Inverse => Dtype::F32,
+            Fp8Scale::Power => Dtype::F8_E8M0,
+        };
+        vec![part(Role::Codes, Dtype::F8_E4M3, [rows, cols]), part(Role::Scale, scale, scales)]
+    }
+
+    pub(super) fn grid(&self, dtype: Dtype, shape: &[u64], source_bytes: u64) -> Grid {
+        let (rows, _) = self.block(shape[1]);
+        bands(dtype, shape, rows, |shape| self.parts(dtype, shape), source_bytes)
+    }
+
+    pub(super) fn encode(&self, isa: Isa, tile: &Tile<'_>, out: &mut [&mut [u8]]) {
+        let dtype = tile.data.dtype();
+        let parts = self.parts(dtype, &[tile.rows as u64, tile.cols as u64]);
+        assert_lengths(&parts, out.iter().map(|out| out.len()));
+        let [codes, scales] = out else { unreachable!("two parts") };
+        let block = self.block(tile.cols as u64);
+        for_element!(dtype, E => isa.run(Encode::<E> {
+            rule: self.scale,
+            block: (block.0 as usize, block.1 as usize),
+            source: E::split(tile.data.bytes()),
+            cols: tile.cols,
+            stride: tile.stride,
+            codes,
+            scales,
+        }));
+    }
+
+    pub(super) fn decode(
+        &self,
+        dtype: Dtype,
+        (rows, cols): (usize, usize),
+        parts: &[&[u8]],
+        out: &mut [f32],
+    ) {
+        assert_eq!(out.len(), rows * cols, "number of elements");
+        let specs = self.parts(dtype, &[rows as u64, cols as u64]);
+        assert_lengths(&specs, parts.iter().map(|part| part.len()));
+        let &[codes, scales] = parts else { unreachable!("two parts") };
+        let (high, wide) = self.block(cols as u64);
+        let across = cols.div_ceil(wide as usize);
+        for_element!(dtype, E => for (i, out) in out.iter_mut().enumerate() {
+            let (row, col) = (i / cols / high as usize, i % cols / wide as usize);
+            let at = row * across + col;
+            let scale = match self.scale {
+                Fp8Scale::Source => E::widen(E::split(scales)[at]),
+                Fp8Scale::Inverse => F32::widen(F32::split(scales)[at]),
+                Fp8Scale::Power => e8m0_value(scales[at]),
+            };
+            *out = E::round(e4m3_value(codes[i]) * scale);
+        });
+    }
+
+    /// Rows and columns of a block, in rows of `cols`.
+    fn block(&self, cols: u64) -> (u64, u64) {
+        match self.grain {
+            Fp8Grain::Channel => (1, cols),
+            Fp8Grain::Block(size) => (size.into(), size.into()),
+        }
+    }
+}
+
+/// The encoding of one tile.
+struct Encode<'a, E: Element> {
+    rule: Fp8Scale,
+    block: (usize, usize),
+    source: &'a [E::Raw],
+    cols: usize,
+    stride: usize,
+    codes: &'a mut [u8],
+    scales: &'a mut [u8],
+}
+
+impl<E: Element> Kernel for Encode<'_, E> {
+    #[inline(always)]
+    fn run(self) {
+        let Self { rule, block: (high, wide), source, cols, stride, .. } = self;
+        let across = cols.div_ceil(wide);
+        for (band, codes) in self.codes.chunks_mut(high * cols).enumerate() {
+            for b in 0..across {
+                let cut = b * wide..cols.min((b + 1) * wide);
+                let row = |r: usize| &source[(band * high + r) * stride..][..cols][cut.clone()];
+                let rows = codes.len() / cols;
+                // Bit patterns of magnitudes order as integers, NaNs last.
+                let magnitude = (0..rows).map(|r| E::magnitude(row(r)).to_bits()).fold(0, u32::max);
+                let magnitude = f32::from_bits(magnitude);
+                let at = band * across + b;
+                let factor = match rule {
+                    Fp8Scale::Source => {
+                        let scale = E::round(magnitude / E4M3_MAX);
+                        let scale = if scale == 0.0 { E::EPSILON } else { scale };
+                        E::store(scale, &mut self.scales[at * E::SIZE..]);
+                        Factor::Divide(scale)
+                    }
+                    Fp8Scale::Inverse => {
+                        let factor = inverse(magnitude);
+                        F32::store(F32::round(1.0 / factor), &mut self.scales[at * 4..]);
+                        Factor::Multiply(factor)
+                    }
+                    Fp8Scale::Power => {
+                        let scale = 1.0 / inverse(magnitude);
+                        let code = if scale < f32::MIN_POSITIVE { 1 } else { e8m0_ceil(scale) };
+                        self.scales[at] = if magnitude < f32::INFINITY { code } else { E8M0_NAN };
+                        Factor::Multiply(1.0 / e8m0_value(self.scales[at]))
+                    }
+                };
+                for (r, codes) in codes.chunks_exact_mut(cols).enumerate() {
+                    factor.apply::<E>(row(r), &mut codes[cut.clone()]);
+                }
+            }
+        }
+    }
+}
+
+/// What a code is made with, for a largest magnitude.
+#[inline(always)]
+fn inverse(magnitude: f32) -> f32 {
+    if magnitude.is_nan() {
+        NAN
+    } else if magnitude > 0.0 {
+        (1.0 / magnitude) * E4M3_MAX
+    } else {
+        1.0
+    }
+}
+
+/// What weights are divided or multiplied by.
+#[derive(Clone, Copy, Debug)]
+enum Factor {
+    Divide(f32),
+    Multiply(f32),
+}
+
+impl Factor {
+    #[inline(always)]
+    fn apply<E: Element>(self, row: &[E::Raw], out: &mut [u8]) {
+        match self {
+            Self::Divide(scale) if MODERATE.contains(&scale) => {
+                let reciprocal = 1.0 / scale;
+                for (&raw, out) in row.iter().zip(out) {
+                    *out = e4m3(clamp(E::quotient(E::widen(raw), scale, reciprocal)));
+                }
+            }
+            Self::Multiply(factor) if MODERATE.contains(&factor) => {
+                for (&raw, out) in row.iter().zip(out) {
+                    *out = e4m3(clamp(E::widen(raw) * factor));
+                }
+            }
+            _ => {
+                for (&raw, out) in row.iter().zip(out) {
+                    let x = match self {
+                        Self::Divide(scale) => E::round(E::widen(raw) / scale),
+                        Self::Multiply(factor) => E::widen(raw) * factor,
+                    };
+                    *out = if x.is_nan() { E4M3_NAN } else { e4m3(clamp(x)) };
+                }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn clamp(x: f32) -> f32 {
+    let x = if x < -E4M3_MAX { -E4M3_MAX } else { x };
+    if x > E4M3_MAX { E4M3_MAX } else { x }
+}

@@ -1,0 +1,368 @@
+//! Floats of 4 or 8 bits with a one-byte scale for a short group: MXFP4, MXFP8 and NVFP4.
+//!
+//! A weight is about `code * scale`. Two tools choose the scale of a group of 32, 2^e, from its
+//! largest magnitude `m` and the largest code `M` (6 or 448):
+//!
+//! ```text
+//! compressed-tensors  e = floor(log2(m)) - floor(log2(M)), and one more where m >= 1.75 * 2^floor
+//! MLX                 e = ceil(log2(m / M)), and 0 where m is 0
+//! ```
+//!
+//! and the code nearest to `x / scale`, clamped to `M`; ties go to the even code, but in MLX's E2M1
+//! to the smaller magnitude. compressed-tensors has a -0 for a negative number that rounds to zero,
+//! MLX has one in E4M3 alone. compressed-tensors takes a subnormal for zero (from three
+//! quarters of the smallest normal number on, for that), and a scale that F16 can't hold becomes 1. MLX's NVFP4
+//! has groups of 16 and the scale `m / 6` in E4M3, whose group is all zeros where it is 0.
+//!
+//! A group with a NaN or an infinity has the scale NaN and codes 0.
+//!
+//! The search tries the neighbouring scales of E2M1 codes for the least squared error. E4M3 codes
+//! have the same relative error at every scale, so there it is the reference.
+
+use crate::dtype::Dtype;
+
+use super::grid::Grid;
+use super::isa::{Isa, Kernel};
+use super::minifloat::{
+    E2M1_MAX, E4M3_MAX, E4M3_NAN, E8M0_NAN, e2m1, e2m1_down, e2m1_rounded, e2m1_value, e4m3,
+    e4m3_value, e8m0_ceil, e8m0_value,
+};
+use super::pack::pack;
+use super::shape::{assert_lengths, bands, grouped, part};
+use super::tile::{Element, Tile, for_element};
+use super::{Part, Quality, Role};
+
+/// The type of a code.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum MicroFloat {
+    /// 4 bits, up to 6.
+    E2m1,
+    /// 8 bits, up to 448.
+    E4m3,
+}
+
+/// Whose scales and layout.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum MicroDialect {
+    /// compressed-tensors: powers of two for groups of 32; two E2M1 codes to a byte.
+    CompressedTensors,
+    /// MLX: powers of two for groups of 32; codes in 32-bit words.
+    MlxPower,
+    /// MLX: E4M3 scales for groups of 16; codes in 32-bit words.
+    MlxE4m3,
+}
+
+/// Small floats with a one-byte scale per group.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct MicroScheme {
+    /// The type of a code.
+    pub float: MicroFloat,
+    /// Whose scales and layout.
+    pub dialect: MicroDialect,
+    /// How scales are chosen.
+    pub quality: Quality,
+}
+
+impl MicroScheme {
+    /// Weights that share a scale.
+    pub fn group_size(&self) -> u32 {
+        if self.dialect == MicroDialect::MlxE4m3 { 16 } else { 32 }
+    }
+
+    pub(super) fn accepts(&self, dtype: Dtype, shape: &[u64]) -> Result<(), String> {
+        grouped(dtype, shape, self.group_size().into())
+    }
+
+    pub(super) fn parts(&self, _: Dtype, shape: &[u64]) -> Vec<Part> {
+        let (rows, cols) = (shape[0], shape[1]);
+        let bits = u64::from(self.bits());
+        let codes = match (self.dialect, self.float) {
+            (MicroDialect::CompressedTensors, MicroFloat::E2m1) => (Dtype::U8, cols / 2),
+            (MicroDialect::CompressedTensors, MicroFloat::E4m3) => (Dtype::F8_E4M3, cols),
+            _ => (Dtype::U32, cols * bits / 32),
+        };
+        vec![
+            part(Role::Codes, codes.0, [rows, codes.1]),
+            part(Role::Scale, Dtype::U8, [rows, cols / u64::from(self.group_size())]),
+        ]
+    }
+
+    pub(super) fn grid(&self, dtype: Dtype, shape: &[u64], source_bytes: u64) -> Grid {
+        bands(dtype, shape, 1, |shape| self.parts(dtype, shape), source_bytes)
+    }
+
+    pub(super) fn encode(&self, isa: Isa, tile: &Tile<'_>, out: &mut [&mut [u8]]) {
+        let dtype = tile.data.dtype();
+        let parts = self.parts(dtype, &[tile.rows as u64, tile.cols as u64]);
+        assert_lengths(&parts, out.iter().map(|out| out.len()));
+        let [codes, scales] = out else { unreachable!("two parts") };
+        for_element!(dtype, E => isa.run(Encode::<E> {
+            scheme: self,
+            source: E::split(tile.data.bytes()),
+            cols: tile.cols,
+            stride: tile.stride,
+            codes,
+            scales,
+        }));
+    }
+
+    pub(super) fn decode(
+        &self,
+        dtype: Dtype,
+        (rows, cols): (usize, usize),
+        parts: &[&[u8]],
+        out: &mut [f32],
+    ) {
+        assert_eq!(out.len(), rows * cols, "number of elements");
+        let specs = self.parts(dtype, &[rows as u64, cols as u64]);
+        assert_lengths(&specs, parts.iter().map(|part| part.len()));
+        let &[codes, scales] = parts else { unreachable!("two parts") };
+        let group = self.group_size() as usize;
+        for_element!(dtype, E => for (i, out) in out.iter_mut().enumerate() {
+            let value = match self.float {
+                MicroFloat::E2m1 => e2m1_value(codes[i / 2] >> (i % 2 * 4) & 15),
+                MicroFloat::E4m3 => e4m3_value(codes[i]),
+            };
+            *out = E::round(value * self.scale_value(scales[i / group]));
+        });
+    }
+
+    fn bits(&self) -> u8 {
+        match self.float {
+            MicroFloat::E2m1 => 4,
+            MicroFloat::E4m3 => 8,
+        }
+    }
+
+    #[inline(always)]
+    fn scale_value(&self, code: u8) -> f32 {
+        match self.dialect {
+            MicroDialect::MlxE4m3 => e4m3_value(code),
+            _ => e8m0_value(code),
+        }
+    }
+
+    /// The scale's code for a group of that largest magnitude.
+    #[inline(always)]
+    fn scale<E: Element>(&self, magnitude: f32) -> u8 {
+        let largest = match self.float {
+            MicroFloat::E2m1 => E2M1_MAX,
+            MicroFloat::E4m3 => E4M3_MAX,
+        };
+        match self.dialect {
+            MicroDialect::CompressedTensors => {
+                // The exponent field of the element type, which subnormals have none of.
+                let magnitude = if magnitude.is_nan() || magnitude >= E::SMALLEST {
+                    magnitude
+                } else if magnitude >= 0.75 * E::SMALLEST {
+                    E::SMALLEST
+                } else {
+                    0.0
+                };
+                // Rounds up what is at least 1.75 times a power of two.
+                let exponent = (magnitude.to_bits() + (1 << 21)) >> 23;
+                let exponent = exponent.saturating_sub((largest.to_bits() >> 23) - 127);
+                let unspoilt = magnitude < f32::INFINITY;
+                let exponent = if unspoilt { exponent as u8 } else { E8M0_NAN };
+                if unspoilt && E::round(e8m0_value(exponent)) == 0.0 { 127 } else { exponent }
+            }
+            MicroDialect::MlxPower if magnitude == 0.0 => 127,
+            MicroDialect::MlxPower => e8m0_ceil(magnitude / largest),
+            MicroDialect::MlxE4m3 => {
+                let scale = magnitude / largest;
+                let scale = if scale > E4M3_MAX { E4M3_MAX } else { scale };
+                if magnitude < f32::INFINITY { e4m3(scale) } else { E4M3_NAN }
+            }
+        }
+    }
+}
+
+/// The encoding of one tile.
+struct Encode<'a, E: Element> {
+    scheme: &'a MicroScheme,
+    source: &'a [E::Raw],
+    cols: usize,
+    stride: usize,
+    codes: &'a mut [u8],
+    scales: &'a mut [u8],
+}
+
+impl<E: Element> Kernel for Encode<'_, E> {
+    #[inline(always)]
+    fn run(self) {
+        // Constants, for the compiler to unroll.
+        if self.scheme.group_size() == 16 { self.encode::<16>() } else { self.encode::<32>() }
+    }
+}
+
+impl<E: Element> Encode<'_, E> {
+    #[inline(always)]
+    fn encode<const GROUP: usize>(self) {
+        let scheme = *self.scheme;
+        let bits = scheme.bits();
+        let mut row_codes = vec![0; self.cols];
+        let rows = self.codes.chunks_exact_mut(self.cols * usize::from(bits) / 8);
+        let scales = self.scales.chunks_exact_mut(self.cols / GROUP);
+        for (r, (codes, scales)) in rows.zip(scales).enumerate() {
+            let row = &self.source[r * self.stride..][..self.cols];
+            let groups = row.as_chunks::<GROUP>().0;
+            for (group, scale) in groups.iter().zip(scales.iter_mut()) {
+                *scale = scheme.scale::<E>(E::magnitude(group));
+            }
+            let searched = scheme.quality == Quality::Search && scheme.float == MicroFloat::E2m1;
+            let out = row_codes.as_chunks_mut::<GROUP>().0;
+            for ((group, out), scale) in groups.iter().zip(out).zip(scales) {
+                if searched {
+                    *scale = search::<E, GROUP>(&scheme, group, *scale);
+                }
+                encode_group::<E, GROUP>(&scheme, group, scheme.scale_value(*scale), out);
+            }
+            pack(bits, &row_codes, codes);
+        }
+    }
+}
+
+/// Codes of a group with that scale.
+#[inline(always)]
+fn encode_group<E: Element, const GROUP: usize>(
+    scheme: &MicroScheme,
+    group: &[E::Raw; GROUP],
+    scale: f32,
+    out: &mut [u8; GROUP],
+) {
+    if !(f32::from_bits(27 << 23)..=1.0).contains(&scale) {
+        encode_odd_group::<E, GROUP>(scheme, group, scale, out);
+        return;
+    }
+    // Of a power of two no larger than 1 a quotient is exact, in any element type.
+    let reciprocal = 1.0 / scale;
+    match (scheme.float, scheme.dialect) {
+        (MicroFloat::E4m3, _) => {
+            write::<E, GROUP>(group, out, |x| e4m3_code(x * reciprocal));
+        }
+        (_, MicroDialect::CompressedTensors) => {
+            write::<E, GROUP>(group, out, |x| e2m1_code(x * reciprocal));
+        }
+        (_, MicroDialect::MlxPower) => {
+            write::<E, GROUP>(group, out, |x| e2m1_down_code(x * reciprocal));
+        }
+        (_, MicroDialect::MlxE4m3) => {
+            write::<E, GROUP>(group, out, |x| e2m1_down_code(x / scale));
+        }
+    }
+}
+
+/// As [`encode_group`], for scales that are not moderate.
+fn encode_odd_group<E: Element, const GROUP: usize>(
+    scheme: &MicroScheme,
+    group: &[E::Raw; GROUP],
+    scale: f32,
+    out: &mut [u8; GROUP],
+) {
+    if scale.is_nan() || scale == 0.0 {
+        out.fill(0);
+        return;
+    }
+    let is_rounded = scheme.dialect == MicroDialect::CompressedTensors;
+    write::<E, GROUP>(group, out, |x| {
+        let x = if is_rounded { E::round(x / scale) } else { x / scale };
+        match (scheme.float, is_rounded) {
+            (MicroFloat::E4m3, _) => e4m3_code(x),
+            (MicroFloat::E2m1, true) => e2m1_code(x),
+            (MicroFloat::E2m1, false) => e2m1_down_code(x),
+        }
+    });
+}
+
+#[inline(always)]
+fn write<E: Element, const GROUP: usize>(
+    group: &[E::Raw; GROUP],
+    out: &mut [u8; GROUP],
+    code: impl Fn(f32) -> u8,
+) {
+    for (&raw, out) in group.iter().zip(out) {
+        *out = code(E::widen(raw));
+    }
+}
+
+#[inline(always)]
+fn within(magnitude: f32, largest: f32) -> f32 {
+    if magnitude > largest { largest } else { magnitude }
+}
+
+#[inline(always)]
+fn e4m3_code(x: f32) -> u8 {
+    e4m3(within(x.abs(), E4M3_MAX).copysign(x))
+}
+
+#[inline(always)]
+fn e2m1_code(x: f32) -> u8 {
+    let sign = if x < 0.0 { 8 } else { 0 };
+    e2m1(within(x.abs(), E2M1_MAX)) | sign
+}
+
+#[inline(always)]
+fn e2m1_down_code(x: f32) -> u8 {
+    // 0.25 itself is rounded to zero, which has no sign.
+    let sign = if x < -0.25 { 8 } else { 0 };
+    e2m1_down(x.abs()) | sign
+}
+
+/// The scale's code with the least squared error, among `reference` and those nearby.
+#[inline(always)]
+fn search<E: Element, const GROUP: usize>(
+    scheme: &MicroScheme,
+    group: &[E::Raw; GROUP],
+    reference: u8,
+) -> u8 {
+    // An E4M3 scale spans a factor of two in eight steps.
+    let steps: &[i16] = match scheme.dialect {
+        MicroDialect::MlxE4m3 => &[-3, -2, -1, 1, 2, 3, 4, 5],
+        _ => &[-1, 1],
+    };
+    let lowest = E::round(scheme.scale_value(reference));
+    if !(f32::from_bits(67 << 23)..=f32::from_bits(187 << 23)).contains(&lowest) {
+        return reference;
+    }
+    let mut x = [0.0; GROUP];
+    for (x, &raw) in x.iter_mut().zip(group) {
+        *x = E::widen(raw);
+    }
+    let mut best = (reference, error(&x, scheme.scale_value(reference)));
+    for step in steps {
+        let code = i16::from(reference) + step;
+        if !(1..=126).contains(&code) && scheme.dialect == MicroDialect::MlxE4m3 {
+            continue;
+        }
+        let code = code as u8;
+        let scale = scheme.scale_value(code);
+        if E::round(scale) != scale {
+            continue;
+        }
+        let error = error(&x, scale);
+        if error < best.1 {
+            best = (code, error);
+        }
+    }
+    best.0
+}
+
+/// The squared error of a group with that scale, in units of its square root.
+#[inline(always)]
+fn error<const GROUP: usize>(x: &[f32; GROUP], scale: f32) -> f32 {
+    let reciprocal = 1.0 / scale;
+    let mut lanes = [0.0; GROUP];
+    for (lane, x) in lanes.iter_mut().zip(x) {
+        let a = x.abs() * reciprocal;
+        let error = a - e2m1_rounded(within(a, E2M1_MAX));
+        *lane = error * error;
+    }
+    let mut width = GROUP / 2;
+    while width > 0 {
+        for i in 0..width {
+            lanes[i] += lanes[i + width];
+        }
+        width /= 2;
+    }
+    lanes[0] * scale * scale
+}

@@ -1,0 +1,128 @@
+//! What holds for schemes of every kind.
+
+use super::*;
+
+/// One scheme of each kind beside integers, or more where kinds have kinds.
+fn schemes(quality: Quality) -> Vec<Scheme> {
+    let mut out = vec![Scheme::LlmInt8(LlmInt8Scheme)];
+    for bits in [2, 3, 4, 5, 6, 8] {
+        out.push(Scheme::Affine(AffineScheme { bits, group_size: 32, quality }));
+    }
+    for (float, dialect) in [
+        (MicroFloat::E2m1, MicroDialect::CompressedTensors),
+        (MicroFloat::E4m3, MicroDialect::CompressedTensors),
+        (MicroFloat::E2m1, MicroDialect::MlxPower),
+        (MicroFloat::E4m3, MicroDialect::MlxPower),
+        (MicroFloat::E2m1, MicroDialect::MlxE4m3),
+    ] {
+        out.push(Scheme::Micro(MicroScheme { float, dialect, quality }));
+    }
+    for grain in [Fp8Grain::Channel, Fp8Grain::Block(16)] {
+        for scale in [Fp8Scale::Source, Fp8Scale::Inverse, Fp8Scale::Power] {
+            out.push(Scheme::Fp8(Fp8Scheme { grain, scale, whole_blocks: false }));
+        }
+    }
+    for codebook in [Codebook::Nf4, Codebook::Fp4] {
+        let (block_size, storage) = (64, Storage::U8);
+        out.push(Scheme::Codebook(CodebookScheme { codebook, block_size, storage, quality }));
+    }
+    out
+}
+
+#[test]
+fn chunks_make_the_bytes_of_the_whole_on_every_cpu() {
+    let shape = (75, 96);
+    for f in FLOATS {
+        let bytes = stored(f, &weight(f, shape.0, shape.1, 32));
+        let data = Reals::new(f.dtype, &bytes).expect("a float type");
+        for scheme in schemes(Quality::Reference).into_iter().chain(schemes(Quality::Search)) {
+            let whole = encode(scheme, Isa::detect(), data, shape, u64::MAX);
+            for isa in Isa::available() {
+                for source_bytes in [0, 1000, 20_000] {
+                    let chunked = encode(scheme, isa, data, shape, source_bytes);
+                    assert!(chunked == whole, "{scheme:?}, {isa:?}, {source_bytes}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn nan_and_infinity_are_not_mistaken_for_weights_and_spoil_no_other_block() {
+    // The first and last 32 rows share no block with the middle, nor do the last 32 columns.
+    let (rows, cols, row, col) = (96, 192, 40, 70);
+    for f in FLOATS {
+        for scheme in schemes(Quality::Reference).into_iter().chain(schemes(Quality::Search)) {
+            for odd in [f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                let mut random = Random(1);
+                let mut weight: Vec<f32> =
+                    (0..rows * cols).map(|_| f.round(random.normal())).collect();
+                weight[row * cols + col] = odd;
+                let bytes = stored(f, &weight);
+                let data = Reals::new(f.dtype, &bytes).expect("a float type");
+                let mut seen = None;
+                for isa in Isa::available() {
+                    let parts = encode(scheme, isa, data, (rows, cols), u64::MAX);
+                    let decoded = decode(f, scheme, (rows, cols), &parts);
+                    assert!(!decoded[row * cols + col].is_finite(), "{odd} {scheme:?} {isa:?}");
+                    let others = decoded[..32 * cols].iter().chain(&decoded[64 * cols..]);
+                    assert!(others.into_iter().all(|x| x.is_finite()), "{odd} {scheme:?} {isa:?}");
+                    let parts = seen.get_or_insert_with(|| parts.clone()) == &parts;
+                    assert!(parts, "{odd} {scheme:?} {isa:?}");
+                }
+            }
+        }
+    }
+}
+
+fn error(weight: &[f32], decoded: &[f32]) -> f64 {
+    weight.iter().zip(decoded).map(|(x, y)| (f64::from(*x) - f64::from(*y)).powi(2)).sum()
+}
+
+#[test]
+fn search_lessens_the_error_where_it_has_a_choice() {
+    let shape = (64, 512);
+    for f in FLOATS {
+        let mut random = Random(7);
+        let weight: Vec<f32> = (0..shape.0 * shape.1)
+            .map(|i| f.round(random.normal() * if i % 97 == 0 { 0.1 } else { 0.02 }))
+            .collect();
+        let bytes = stored(f, &weight);
+        let data = Reals::new(f.dtype, &bytes).expect("a float type");
+        for (reference, search) in
+            schemes(Quality::Reference).into_iter().zip(schemes(Quality::Search))
+        {
+            let [reference_error, search_error] = [reference, search].map(|scheme| {
+                let parts = encode(scheme, Isa::detect(), data, shape, u64::MAX);
+                error(&weight, &decode(f, scheme, shape, &parts))
+            });
+            let ratio = search_error / reference_error;
+            println!("{search}, {:?}: {:.2} dB", f.dtype, -10.0 * ratio.log10());
+            let searches = match search {
+                Scheme::Affine(_) | Scheme::Codebook(_) => true,
+                Scheme::Micro(scheme) => scheme.float == MicroFloat::E2m1,
+                Scheme::Int(_) | Scheme::Fp8(_) | Scheme::LlmInt8(_) => false,
+            };
+            if searches {
+                assert!(ratio < 0.99, "{search:?}, {:?}: {ratio}", f.dtype);
+            } else {
+                assert_eq!(ratio, 1.0, "{search:?}, {:?}", f.dtype);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_scheme_is_named_by_what_a_person_would_ask() {
+    let names: Vec<String> = schemes(Quality::Search).iter().map(ToString::to_string).collect();
+    for name in [
+        "int8, per channel",
+        "affine 4-bit, groups of 32, search",
+        "E2M1, groups of 16, search",
+        "E4M3, groups of 32",
+        "E4M3, blocks of 16 x 16",
+        "NF4, flat blocks of 64, search",
+    ] {
+        assert!(names.iter().any(|n| n == name), "{name}: {names:?}");
+    }
+}
