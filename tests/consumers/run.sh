@@ -23,8 +23,8 @@ load
 some=(--name llama --name qwen3-moe --name gpt2)
 load "${some[@]}" --bits 8
 load "${some[@]}" --bits 3
-load "${some[@]}" -- --group-size channel
-load "${some[@]}" -- --asymmetric
-load "${some[@]}" -- --asymmetric --group-size channel --quality reference
-load "${some[@]}" --bits 8 -- --format ct-int8
+load "${some[@]}" --group-size channel
+load "${some[@]}" --asymmetric
+load "${some[@]}" --asymmetric --group-size channel --quality reference
+load "${some[@]}" --bits 8 --format ct-int8
 "$python" tests/consumers/closeness.py "$bin" tests/fixtures/llama-bf16
