@@ -61,14 +61,21 @@ pub(super) fn e2m1_rounded(a: f32) -> f32 {
     nearest::<1, 0>(a).1
 }
 
+/// The smaller of two magnitudes, of which the second is a number.
+#[inline(always)]
+pub(super) fn within(magnitude: f32, largest: f32) -> f32 {
+    if magnitude > largest { largest } else { magnitude }
+}
+
 /// The E2M1 code nearest to a magnitude, ties to the smaller one.
 #[inline(always)]
 pub(super) fn e2m1_down(a: f32) -> u8 {
-    let mut code = 0u32;
-    for middle in [0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0] {
-        code += u32::from(a > middle);
-    }
-    code as u8
+    let (code, rounded) = nearest::<1, 0>(within(a, E2M1_MAX));
+    // What was half a spacing below the even code that it became.
+    let exponent = a.to_bits() & 0x7f80_0000;
+    let exponent = if exponent > 127 << 23 { exponent } else { 127 << 23 };
+    let tie = rounded - a == f32::from_bits(exponent - (2 << 23));
+    (if tie { code - 1 } else { code }) as u8
 }
 
 /// The value of an E2M1 code of four bits.
