@@ -38,11 +38,11 @@ const PIECE: u64 = ELEMENTS_ALIGN << 18;
 ///
 /// # let dir = tempfile::tempdir()?;
 /// # let model_dir = dir.path();
-/// # let view = |data| TensorView::new(Dtype::BF16, vec![2, 2], data);
-/// # for (shard, name) in [("model-00001-of-00002", "embed.weight"), ("model-00002-of-00002", "head.weight")] {
-/// #     let data = [0x80, 0x3f, 0x00, 0x40, 0x00, 0xbf, 0x00, 0x00];
-/// #     let path = model_dir.join(format!("{shard}.safetensors"));
-/// #     safetensors::serialize_to_file([(name, view(&data)?)], None, &path)?;
+/// # let data = [0x80, 0x3f, 0x00, 0x40, 0x00, 0xbf, 0x00, 0x00];
+/// # for (number, name) in [(1, "embed.weight"), (2, "head.weight")] {
+/// #     let view = TensorView::new(Dtype::BF16, vec![2, 2], &data)?;
+/// #     let path = model_dir.join(format!("model-0000{number}-of-00002.safetensors"));
+/// #     safetensors::serialize_to_file([(name, view)], None, &path)?;
 /// # }
 /// # std::fs::write(model_dir.join("model.safetensors.index.json"), r#"{
 /// #     "metadata": { "total_size": 16, "modality": "text" },

@@ -174,8 +174,9 @@ const MODEL_TYPES: &[(Modality, &str)] = &[
 ];
 
 /// Encoders of text: without a head, what they give is an embedding.
-const TEXT_ENCODERS: &str = "albert bert camembert deberta deberta-v2 distilbert electra ernie eurobert gte jina_bert \
-     modernbert mpnet new nomic_bert roberta roberta-prelayernorm xlm-roberta xlm-roberta-xl";
+const TEXT_ENCODERS: &str = "albert bert camembert deberta deberta-v2 distilbert electra ernie \
+    eurobert gte jina_bert modernbert mpnet new nomic_bert roberta \
+    roberta-prelayernorm xlm-roberta xlm-roberta-xl";
 
 /// Entries of a config that make a model one of several modalities. Those of towers that stand
 /// alone have their own entries at the top.
@@ -438,7 +439,10 @@ mod tests {
     #[test]
     fn config_json_tells() {
         let class = |name: &str| json!({ "_class_name": name });
-        let model = |class: &str, model_type: &str| json!({ "architectures": [class], "model_type": model_type });
+        let model = |class: &str, model_type: &str| {
+            let architectures = [class];
+            json!({ "architectures": architectures, "model_type": model_type })
+        };
         let cases = [
             (model("LlamaForCausalLM", "llama"), Modality::Text),
             (model("GPT2LMHeadModel", "gpt2"), Modality::Text),

@@ -29,12 +29,14 @@ const PIECE: u64 = 4 << 20;
 ///
 /// # let dir = tempfile::tempdir()?;
 /// # let model_dir = dir.path();
-/// # let data: Vec<u8> = (0..256 * 256 / 2).flat_map(|i| (0x3c00u32 << 16 | 0x3d00 + i % 256).to_le_bytes()).collect();
+/// # let data: Vec<u8> = (0..256 * 256).flat_map(|i| [(i % 256) as u8, 0x3c]).collect();
 /// # let name = "model.layers.0.mlp.down_proj.weight";
 /// # let view = TensorView::new(Dtype::BF16, vec![256, 256], &data)?;
 /// # safetensors::serialize_to_file([(name, view)], None, &model_dir.join("model.safetensors"))?;
-/// # std::fs::write(model_dir.join("config.json"), r#"{"architectures": ["LlamaForCausalLM"], "model_type": "llama"}"#)?;
-/// let quantizer = StreamingQuantizer::new(model_dir, &Request { bits: Some(4), ..Request::default() })?;
+/// # let config = r#"{"architectures": ["LlamaForCausalLM"], "model_type": "llama"}"#;
+/// # std::fs::write(model_dir.join("config.json"), config)?;
+/// let request = Request { bits: Some(4), ..Request::default() };
+/// let quantizer = StreamingQuantizer::new(model_dir, &request)?;
 /// let mut packed = Vec::new();
 /// let progress = quantizer.run(
 ///     |piece| {

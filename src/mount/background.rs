@@ -1,4 +1,4 @@
-//! Runs a mount in a process of its own, which says when it is ready, or why it isn't.
+//! Mounts in a process of its own, which reports readiness or failure.
 
 use std::ffi::OsString;
 use std::fs::{File, OpenOptions};

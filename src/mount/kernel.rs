@@ -1,4 +1,4 @@
-//! Attaches a file system to a mountpoint, and detaches it: by system call, else by `fusermount3`.
+//! Attaches and detaches a file system: by system call, else by `fusermount3`.
 
 use std::ffi::CString;
 use std::fs::{File, OpenOptions};
@@ -9,6 +9,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
+use std::time::Duration;
 
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags};
@@ -21,6 +22,10 @@ use crate::error::{self, Error, ErrorKind, Result};
 
 /// The program, set to run as root, that mounts for ordinary users.
 const FUSERMOUNT: &str = "fusermount3";
+
+/// How often, and how far apart, a busy mount is tried before it is detached all the same.
+const BUSY_TRIES: u32 = 10;
+const BUSY_PAUSE: Duration = Duration::from_millis(20);
 
 /// What an ordinary user is told who lacks it.
 pub(super) const INSTALL: &str = "install it: apt-get install fuse3";
@@ -55,20 +60,38 @@ pub(super) fn attach(source: &Path, mountpoint: &Path, allow_other: bool) -> Res
 /// # Errors
 /// `Io` where the kernel refuses; `Unsupported` where it takes `fusermount3`, which is missing.
 pub(super) fn detach(mountpoint: &Path) -> Result<Detached> {
+    // Whoever has just closed a file may count as using it for a moment.
+    for _ in 0..BUSY_TRIES {
+        match detach_once(mountpoint, false) {
+            Ok(None) => std::thread::sleep(BUSY_PAUSE),
+            Ok(Some(detached)) => return Ok(detached),
+            Err(error) => return Err(error),
+        }
+    }
+    let detached = detach_once(mountpoint, true)?;
+    Ok(detached.unwrap_or(Detached::Busy))
+}
+
+/// One attempt; `None` where the mount is in use, and that isn't to be overridden by `lazily`.
+fn detach_once(mountpoint: &Path, lazily: bool) -> Result<Option<Detached>> {
     let plain = UnmountFlags::NOFOLLOW;
     let at =
         |errno: Errno| Error::io(format_args!("unmount {}", mountpoint.display()), errno.into());
     match rustix::mount::unmount(mountpoint, plain) {
-        Ok(()) => Ok(Detached::Idle),
-        Err(Errno::BUSY) => rustix::mount::unmount(mountpoint, plain | UnmountFlags::DETACH)
-            .map(|()| Detached::Busy)
-            .map_err(at),
-        Err(Errno::PERM) => {
-            if fusermount(&["-u", "-q"], mountpoint).is_ok() {
-                return Ok(Detached::Idle);
-            }
-            fusermount(&["-u", "-z"], mountpoint).map(|()| Detached::Busy)
+        Ok(()) => Ok(Some(Detached::Idle)),
+        Err(Errno::BUSY) if lazily => {
+            let lazy = plain | UnmountFlags::DETACH;
+            rustix::mount::unmount(mountpoint, lazy).map(|()| Some(Detached::Busy)).map_err(at)
         }
+        Err(Errno::BUSY) => Ok(None),
+        Err(Errno::PERM) => match fusermount(&["-u"], mountpoint) {
+            Ok(()) => Ok(Some(Detached::Idle)),
+            Err(_) if lazily => {
+                fusermount(&["-u", "-z"], mountpoint).map(|()| Some(Detached::Busy))
+            }
+            Err(error) if error.to_string().contains("busy") => Ok(None),
+            Err(error) => Err(error),
+        },
         Err(errno) => Err(at(errno)),
     }
 }

@@ -1,4 +1,4 @@
-//! What the mounts of this machine are doing: each daemon says so over a Unix socket.
+//! What each mount is doing, as its daemon says over a Unix socket.
 
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};

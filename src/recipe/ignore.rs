@@ -39,12 +39,21 @@ pub(super) fn ignore(kept: &[KeptModule<'_>], quantized: &[&str]) -> Vec<String>
     }
     // A tied head has no tensor.
     add("lm_head".to_owned());
+    // Nets look at the path before the first number or at the last components, which repeat.
+    let blocks: HashSet<&str> = quantized.iter().map(|m| linear::before_number(m)).collect();
+    let tails: HashSet<&str> = quantized.iter().map(|module| tail(module)).collect();
     for net in Net::ALL {
-        if net.is_wanted(kept) && !quantized.iter().any(|module| net.matches(module)) {
+        let looked_at = if matches!(net, Net::Parts) { &blocks } else { &tails };
+        if net.is_wanted(kept) && !looked_at.iter().any(|module| net.matches(module)) {
             add(net.pattern());
         }
     }
     list
+}
+
+/// The last four components of a path: a head's name has two, and two layers follow at most.
+fn tail(module: &str) -> &str {
+    module.rmatch_indices('.').nth(3).map_or(module, |(dot, _)| &module[dot + 1..])
 }
 
 /// Other names under which a loader may hold the module: with the base model's prefix or without,

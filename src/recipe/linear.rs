@@ -119,8 +119,8 @@ pub(super) struct Entry<'a> {
 /// `config.json`, where there is one.
 pub(super) fn classify(tensors: &[Entry<'_>], config: Option<&Value>) -> Vec<Kind> {
     let evidence = Evidence::gather(tensors, config);
-    let mut parts = HashMap::new();
-    tensors.iter().map(|tensor| evidence.kind(tensor, &mut parts)).collect()
+    let mut memo = Memo::default();
+    tensors.iter().map(|tensor| evidence.kind(tensor, &mut memo)).collect()
 }
 
 /// The group of modules that engines fuse into one weight, as parent and family: all members of
@@ -137,6 +137,15 @@ pub(super) fn fused_group(module: &str) -> Option<(&str, &'static str)> {
         _ => return None,
     };
     Some((parent, family))
+}
+
+/// Answers that many tensors share.
+#[derive(Default)]
+struct Memo<'a> {
+    /// The part that a block serves, by the path before its number.
+    parts: HashMap<&'a str, Option<Reason>>,
+    /// What a name alone says, by its last two components.
+    names: HashMap<&'a str, Kind>,
 }
 
 /// What the whole catalog and the config say, gathered before any tensor is judged.
@@ -234,10 +243,12 @@ impl<'a> Evidence<'a> {
     fn is_transposed(&self, tensor: &Entry<'_>) -> bool {
         let [rows, columns] = *tensor.shape else { return false };
         let Some(module) = tensor.name.strip_suffix(".weight") else { return false };
-        rows != columns && self.biases.get(module) == Some(&columns)
+        rows != columns
+            && CONV1D_NAMES.contains(&split_last(module).1)
+            && self.biases.get(module) == Some(&columns)
     }
 
-    fn kind(&self, tensor: &Entry<'a>, parts: &mut HashMap<&'a str, Option<Reason>>) -> Kind {
+    fn kind(&self, tensor: &Entry<'a>, memo: &mut Memo<'a>) -> Kind {
         let [rows, columns] = *tensor.shape else { return Kind::Other(Reason::NotAMatrix) };
         if !tensor.is_float {
             return Kind::Other(Reason::NotFloat);
@@ -245,12 +256,12 @@ impl<'a> Evidence<'a> {
         let Some(module) = tensor.name.strip_suffix(".weight") else {
             return Kind::Other(Reason::NotAMatrix);
         };
-        let kind = self.nature(tensor, module);
+        let kind = self.nature(tensor, module, memo);
         if matches!(kind, Kind::Other(_)) {
             return kind;
         }
         let block = before_number(module);
-        let part = *parts.entry(block).or_insert_with(|| self.part(block));
+        let part = *memo.parts.entry(block).or_insert_with(|| self.part(block));
         match (kind, part) {
             (Kind::Linear, Some(reason)) => return Kind::Spared(reason),
             (Kind::Doubtful(_), Some(reason)) => return Kind::Doubtful(reason),
@@ -267,7 +278,7 @@ impl<'a> Evidence<'a> {
     }
 
     /// What the tensor is, whatever it is for.
-    fn nature(&self, tensor: &Entry<'_>, module: &str) -> Kind {
+    fn nature(&self, tensor: &Entry<'a>, module: &'a str, memo: &mut Memo<'a>) -> Kind {
         let [rows, columns] = *tensor.shape else { return Kind::Other(Reason::NotAMatrix) };
         let (parent, leaf) = split_last(module);
         if self.conv1d && CONV1D_NAMES.contains(&leaf) {
@@ -291,13 +302,12 @@ impl<'a> Evidence<'a> {
             // No lookup table has a bias.
             Some(len) if len == rows => Kind::Linear,
             Some(_) => Kind::Doubtful(Reason::Unproven),
-            None if HEADS.contains(&leaf) => Kind::Linear,
-            None if is_token_table(leaf) => Kind::Other(Reason::Embedding),
-            None if is_table(leaf) || is_embedding(parent) && !is_projection(leaf) => {
-                Kind::Doubtful(Reason::Embedding)
+            None if is_number(leaf) => bare(parent, leaf),
+            None => {
+                let above = split_last(parent).0;
+                let tail = module[above.len()..].trim_start_matches('.');
+                *memo.names.entry(tail).or_insert_with(|| bare(parent, leaf))
             }
-            None if is_linear_name(parent, leaf) => Kind::Linear,
-            None => Kind::Doubtful(Reason::Unproven),
         }
     }
 
@@ -459,6 +469,21 @@ pub(super) fn splits_attention(module: &str) -> bool {
     leaf.contains("qkv") || leaf.contains("att") || matches!(leaf, "in_proj" | "wq" | "wk")
 }
 
+/// What a matrix without a bias is by its module's name, the names around it being unremarkable.
+fn bare(parent: &str, leaf: &str) -> Kind {
+    if HEADS.contains(&leaf) {
+        Kind::Linear
+    } else if is_token_table(leaf) {
+        Kind::Other(Reason::Embedding)
+    } else if is_table(leaf) || is_embedding(parent) && !is_projection(leaf) {
+        Kind::Doubtful(Reason::Embedding)
+    } else if is_linear_name(parent, leaf) {
+        Kind::Linear
+    } else {
+        Kind::Doubtful(Reason::Unproven)
+    }
+}
+
 /// The part of a name before its last dot, and the one after it.
 fn split_last(name: &str) -> (&str, &str) {
     name.rsplit_once('.').unwrap_or(("", name))
@@ -469,7 +494,7 @@ fn is_number(component: &str) -> bool {
 }
 
 /// The path up to its first numbered component, or all of it.
-fn before_number(path: &str) -> &str {
+pub(super) fn before_number(path: &str) -> &str {
     let mut start = 0;
     for component in path.split('.') {
         if is_number(component) {

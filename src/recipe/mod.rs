@@ -108,7 +108,7 @@ pub struct Assignment {
 impl Assignment {
     /// Decides for every tensor, offering one of `schemes` to each.
     ///
-    /// Quantized is what is provably the weight of a Linear (see [`linear`]), is not spared for the
+    /// Quantized is what is provably the weight of a Linear, is not spared for the
     /// part it plays unless `--only` names it, passes the request's patterns, and is accepted by
     /// the scheme. Weights that loaders fuse into one share one decision.
     ///

@@ -6,8 +6,9 @@
 //!
 //! Types narrower than a byte are packed from the least significant bit up. For F4 that is what
 //! `torch.float4_e2m1fn_x2`, which safetensors stores under this name, documents: the first of two
-//! values is in the low four bits. For F6 neither safetensors nor the OCP Microscaling specification
-//! prescribes an order, and torch has no such type; the same rule makes four values of three bytes.
+//! values is in the low four bits. For F6 neither safetensors nor the OCP Microscaling
+//! specification prescribes an order, and torch has no such type; the same rule makes four values
+//! of three bytes.
 
 use crate::dtype::Dtype;
 

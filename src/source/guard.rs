@@ -4,8 +4,8 @@
 //! SIGBUS in the thread that touches it. A handler, installed once and never removed, asks a
 //! registry whether the address belongs to a watched map. If so it marks that map as faulted, for
 //! good, and backs it with zeros from that page on; the reader goes on, and whoever asks
-//! [`Watch::faulted`] afterwards throws away what it read. Any other SIGBUS goes to the handler that
-//! was there before, so a bug elsewhere still ends the process.
+//! [`Watch::faulted`] afterwards throws away what it read. Any other SIGBUS goes to the handler
+//! that was there before, so a bug elsewhere still ends the process.
 //!
 //! The handler takes no lock and allocates nothing. The registry is a list of blocks of slots that
 //! only ever grows, and each slot is a seqlock. A slot that changes while the handler looks at it
@@ -229,10 +229,10 @@ fn absorb(address: usize) -> bool {
 fn map_zeros(page: usize, len: usize) -> bool {
     let page = ptr::with_exposed_provenance_mut(page);
     let flags = MapFlags::FIXED | MapFlags::PRIVATE | MapFlags::NORESERVE;
-    // SAFETY: the pages are those of a live read-only map, whose faulting reader keeps it from being
-    // unmapped; unmapping it later takes the new pages with it. Bytes of the map may change under
-    // its readers at any time anyway, since it is a file's, and those who read through it check
-    // the mark before they make use of what they read.
+    // SAFETY: the pages are those of a live read-only map, whose faulting reader keeps it from
+    // being unmapped; unmapping it later takes the new pages with it. Bytes of the map may change
+    // under its readers at any time anyway, since it is a file's, and those who read through it
+    // check the mark before they make use of what they read.
     unsafe { mmap_anonymous(page, len, ProtFlags::READ, flags) }.is_ok()
 }
 

@@ -1,4 +1,4 @@
-//! Encoded chunks, kept while they fit the budget, each encoded by one thread at a time.
+//! Encoded chunks within a budget, each encoded by one thread at a time.
 
 use std::collections::HashMap;
 use std::sync::Arc;

@@ -1,4 +1,4 @@
-//! One virtual shard: its header, and where the bytes of every tensor in it come from.
+//! One virtual shard: its header, and where every tensor's bytes come from.
 
 use std::fmt::Write as _;
 use std::ops::Range;

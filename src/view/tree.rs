@@ -1,4 +1,4 @@
-//! The directory that a view shows: names, sizes and times, fixed when the view is opened.
+//! The directory that a view shows, fixed when the view is opened.
 
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
