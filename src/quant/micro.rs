@@ -1,4 +1,4 @@
-//! Floats of 4 or 8 bits with a one-byte scale for a short group: MXFP4, MXFP8 and NVFP4.
+//! MXFP4, MXFP8 and NVFP4: small floats with a one-byte scale per group.
 //!
 //! A weight is about `code * scale`. Two tools choose the scale of a group of 32, 2^e, from its
 //! largest magnitude `m` and the largest code `M` (6 or 448):
