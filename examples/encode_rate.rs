@@ -1,4 +1,6 @@
 //! Prints how fast each scheme encodes, on one core, beside int4.
+//!
+//! An argument picks the schemes whose names have it.
 
 use std::time::Instant;
 
@@ -67,6 +69,7 @@ fn rate(scheme: Scheme, isa: Isa, dtype: Dtype, bytes: &[u8]) -> f64 {
 }
 
 fn main() {
+    let wanted = std::env::args().nth(1).unwrap_or_default();
     let mut seed = 1u64;
     let mut uniform = || {
         seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
@@ -83,6 +86,9 @@ fn main() {
                 let int4 = rate(schemes(quality)[0], isa, dtype, bytes);
                 println!("{} {dtype}", isa.name());
                 for scheme in schemes(quality) {
+                    if !scheme.to_string().contains(&wanted) {
+                        continue;
+                    }
                     let rate = rate(scheme, isa, dtype, bytes);
                     let gb = rate / 1e9;
                     println!("  {gb:6.2} GB/s, int4's time x {:5.2}: {scheme}", int4 / rate);

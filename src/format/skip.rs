@@ -14,8 +14,8 @@ pub(super) fn modules(plan: &Plan, catalog: &Catalog) -> Vec<String> {
     let entry = |ignored: &String| match ignored.strip_prefix("re:") {
         Some(pattern) => pattern.to_owned(),
         None => {
-            let catches = |module: &&str| module.starts_with(ignored) || module.ends_with(ignored);
-            if quantized.iter().any(|module| catches(module)) {
+            let caught = |module: &&str| module.starts_with(ignored) || module.ends_with(ignored);
+            if quantized.iter().any(caught) {
                 format!("{}$", ignored.replace('.', r"\."))
             } else {
                 ignored.clone()

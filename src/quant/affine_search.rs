@@ -138,7 +138,13 @@ impl Search {
                 }
             }
         }
-        sums.map(|sums| sums.map(sum))
+        let mut totals = [[0.0; BATCH]; 3];
+        for (totals, sums) in totals.iter_mut().zip(&sums) {
+            for (total, lanes) in totals.iter_mut().zip(sums) {
+                *total = sum(*lanes);
+            }
+        }
+        totals
     }
 
     /// The squared error over the group, for each line.
@@ -156,6 +162,10 @@ impl Search {
                 }
             }
         }
-        sums.map(sum)
+        let mut totals = [0.0; BATCH];
+        for (total, lanes) in totals.iter_mut().zip(&sums) {
+            *total = sum(*lanes);
+        }
+        totals
     }
 }

@@ -93,9 +93,6 @@ impl Codebook {
         let entry = |i: usize| table[usize::from(order[i])];
         Steps {
             midpoint: std::array::from_fn(|i| (entry(i) + entry(i + 1)) / 2.0),
-            is_sorted: self == Self::Nf4,
-            codes: [&order[..8], &order[8..]]
-                .map(|half| half.iter().rev().fold(0, |word, &code| word << 4 | u32::from(code))),
             lowest: entry(0),
             height: std::array::from_fn(|i| entry(i + 1) - entry(i)),
         }
@@ -139,10 +136,6 @@ const FP4: [f32; 16] = {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Steps {
     pub(super) midpoint: [f32; 15],
-    /// Whether codes rise with their entries.
-    is_sorted: bool,
-    /// The codes by rising entries, eight to a word, the lowest first.
-    codes: [u32; 2],
     /// The entry below all midpoints.
     pub(super) lowest: f32,
     /// From an entry to the next.
@@ -168,12 +161,21 @@ impl Steps {
         bit(a, 8) + bit(b, 4) + bit(c, 2) + bit(d, 1)
     }
 
-    /// The code nearest to `y`.
+    /// The code of FP4 nearest to `y`: its entries are symmetric, so half of the midpoints do.
     #[inline(always)]
-    fn code(&self, y: f32) -> u8 {
-        let below = self.below(y);
-        let codes = if below < 8 { self.codes[0] } else { self.codes[1] };
-        (codes >> (below % 8 * 4) & 15) as u8
+    fn fp4(&self, y: f32) -> u32 {
+        let m = &self.midpoint[8..];
+        // A midpoint belongs to the lower entry, which is the larger magnitude if it is negative.
+        let magnitude = f32::from_bits((y.to_bits() & 0x7fff_ffff) + u32::from(y < 0.0));
+        let a = magnitude > m[3];
+        let b = magnitude > if a { m[5] } else { m[1] };
+        let (low, high) = (if a { m[4] } else { m[0] }, if a { m[6] } else { m[2] });
+        let c = magnitude > if b { high } else { low };
+        let bit = |set: bool, value: u32| if set { value } else { 0 };
+        // The magnitudes rise in the order of codes 0, 1, 6, 7, 4, 5, 2, 3.
+        let code = bit(a, 4) ^ bit(b, 6) ^ bit(c, 1);
+        // Next to zero the other entry that is zero is the one above.
+        code | bit(if code == 0 { y > 0.0 } else { y < 0.0 }, 8)
     }
 }
 
@@ -265,7 +267,8 @@ impl<E: Element> Kernel for Encode<'_, E> {
     #[inline(always)]
     fn run(self) {
         let block = self.scheme.block_size as usize;
-        let steps = self.scheme.codebook.steps();
+        let codebook = self.scheme.codebook;
+        let steps = codebook.steps();
         let mut search = match self.scheme.quality {
             Quality::Reference => None,
             Quality::Search => Some(Search::new(steps, block)),
@@ -280,7 +283,7 @@ impl<E: Element> Kernel for Encode<'_, E> {
                 None => magnitude,
                 Some(search) => search.scale::<E>(xs, magnitude),
             };
-            encode_block::<E>(&steps, xs, scale, out);
+            encode_block::<E>(codebook, &steps, xs, scale, out);
             for (byte, [first, second]) in packed.iter_mut().zip(out.as_chunks::<2>().0) {
                 *byte = first << 4 | second;
             }
@@ -290,21 +293,25 @@ impl<E: Element> Kernel for Encode<'_, E> {
 }
 
 #[inline(always)]
-fn encode_block<E: Element>(steps: &Steps, xs: &[E::Raw], scale: f32, out: &mut [u8]) {
+fn encode_block<E: Element>(
+    codebook: Codebook,
+    steps: &Steps,
+    xs: &[E::Raw],
+    scale: f32,
+    out: &mut [u8],
+) {
     let reciprocal = 1.0 / if scale < 1e-38 { 1e-38 } else { scale };
-    // No need to clamp: beyond the last midpoint all is the last entry.
-    if scale < f32::INFINITY && steps.is_sorted {
-        for (&raw, out) in xs.iter().zip(out) {
-            *out = steps.below(E::widen(raw) * reciprocal) as u8;
+    // No need to clamp: beyond the last midpoint all is the last entry. A NaN is beyond none.
+    match codebook {
+        Codebook::Nf4 => {
+            for (&raw, out) in xs.iter().zip(out) {
+                *out = steps.below(E::widen(raw) * reciprocal) as u8;
+            }
         }
-    } else if scale < f32::INFINITY {
-        for (&raw, out) in xs.iter().zip(out) {
-            *out = steps.code(E::widen(raw) * reciprocal);
-        }
-    } else {
-        for (&raw, out) in xs.iter().zip(out) {
-            let y = E::widen(raw) * reciprocal;
-            *out = if y.is_nan() { 0 } else { steps.code(y) };
+        Codebook::Fp4 => {
+            for (&raw, out) in xs.iter().zip(out) {
+                *out = steps.fp4(E::widen(raw) * reciprocal) as u8;
+            }
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Floats of 4 or 8 bits with a one-byte scale per short group.
+//! MXFP4, MXFP8 and NVFP4: small floats with a one-byte scale per group.
 //!
 //! A weight is about `code * scale`. Two tools choose the scale of a group of 32, 2^e, from its
 //! largest magnitude `m` and the largest code `M` (6 or 448):
@@ -25,7 +25,7 @@ use super::grid::Grid;
 use super::isa::{Isa, Kernel};
 use super::minifloat::{
     E2M1_MAX, E4M3_MAX, E4M3_NAN, E8M0_NAN, e2m1, e2m1_down, e2m1_rounded, e2m1_value, e4m3,
-    e4m3_value, e8m0_ceil, e8m0_value,
+    e4m3_value, e8m0_ceil, e8m0_value, within,
 };
 use super::pack::pack;
 use super::shape::{assert_lengths, bands, grouped, part};
@@ -96,7 +96,8 @@ impl MicroScheme {
         let parts = self.parts(dtype, &[tile.rows as u64, tile.cols as u64]);
         assert_lengths(&parts, out.iter().map(|out| out.len()));
         let [codes, scales] = out else { unreachable!("two parts") };
-        for_element!(dtype, E => isa.run(Encode::<E> {
+        // Groups are too short for the widest vectors.
+        for_element!(dtype, E => isa.at_most_256_bits().run(Encode::<E> {
             scheme: self,
             source: E::split(tile.data.bytes()),
             cols: tile.cols,
@@ -200,59 +201,85 @@ impl<E: Element> Encode<'_, E> {
     fn encode<const GROUP: usize>(self) {
         let scheme = *self.scheme;
         let bits = scheme.bits();
+        let searched = scheme.quality == Quality::Search && scheme.float == MicroFloat::E2m1;
         let mut row_codes = vec![0; self.cols];
+        // A group is too short for a loop of its own, so its scale is spread over its elements.
+        let mut spread = vec![0.0; self.cols];
         let rows = self.codes.chunks_exact_mut(self.cols * usize::from(bits) / 8);
         let scales = self.scales.chunks_exact_mut(self.cols / GROUP);
         for (r, (codes, scales)) in rows.zip(scales).enumerate() {
             let row = &self.source[r * self.stride..][..self.cols];
             let groups = row.as_chunks::<GROUP>().0;
-            for (group, scale) in groups.iter().zip(scales.iter_mut()) {
+            // Of a length unknown to the compiler, or it would unroll a loop rather than make a
+            // vector of it.
+            let group = scheme.group_size() as usize;
+            for (group, scale) in row.chunks_exact(group).zip(scales.iter_mut()) {
                 *scale = scheme.scale::<E>(E::magnitude(group));
             }
-            let searched = scheme.quality == Quality::Search && scheme.float == MicroFloat::E2m1;
-            let out = row_codes.as_chunks_mut::<GROUP>().0;
-            for ((group, out), scale) in groups.iter().zip(out).zip(scales) {
-                if searched {
+            if searched {
+                for (group, scale) in groups.iter().zip(scales.iter_mut()) {
                     *scale = search::<E, GROUP>(&scheme, group, *scale);
                 }
-                encode_group::<E, GROUP>(&scheme, group, scheme.scale_value(*scale), out);
+            }
+            let mut all_moderate = true;
+            for (spread, scale) in spread.as_chunks_mut::<GROUP>().0.iter_mut().zip(&*scales) {
+                let scale = scheme.scale_value(*scale);
+                all_moderate &= is_moderate(scale);
+                let is_divisor = scheme.dialect == MicroDialect::MlxE4m3;
+                spread.fill(if is_divisor { scale } else { 1.0 / scale });
+            }
+            encode_row::<E>(&scheme, row, &spread, &mut row_codes);
+            if !all_moderate {
+                let out = row_codes.as_chunks_mut::<GROUP>().0;
+                for ((group, out), scale) in groups.iter().zip(out).zip(scales) {
+                    let scale = scheme.scale_value(*scale);
+                    if !is_moderate(scale) {
+                        encode_odd_group::<E, GROUP>(&scheme, group, scale, out);
+                    }
+                }
             }
             pack(bits, &row_codes, codes);
         }
     }
 }
 
-/// Codes of a group with that scale.
+/// Whether codes are right that are made with a scale's reciprocal.
 #[inline(always)]
-fn encode_group<E: Element, const GROUP: usize>(
-    scheme: &MicroScheme,
-    group: &[E::Raw; GROUP],
-    scale: f32,
-    out: &mut [u8; GROUP],
-) {
-    if !(f32::from_bits(27 << 23)..=1.0).contains(&scale) {
-        encode_odd_group::<E, GROUP>(scheme, group, scale, out);
-        return;
-    }
-    // Of a power of two no larger than 1 a quotient is exact, in any element type.
-    let reciprocal = 1.0 / scale;
+fn is_moderate(scale: f32) -> bool {
+    (f32::from_bits(27 << 23)..=1.0).contains(&scale)
+}
+
+/// Codes of a row with moderate scales, given for each element: one over it if it is a power of two,
+/// for then the product is exact, in any element type.
+#[inline(always)]
+fn encode_row<E: Element>(scheme: &MicroScheme, row: &[E::Raw], spread: &[f32], out: &mut [u8]) {
     match (scheme.float, scheme.dialect) {
-        (MicroFloat::E4m3, _) => {
-            write::<E, GROUP>(group, out, |x| e4m3_code(x * reciprocal));
-        }
+        (MicroFloat::E4m3, _) => write::<E>(row, spread, out, |x, r| e4m3_code(x * r)),
         (_, MicroDialect::CompressedTensors) => {
-            write::<E, GROUP>(group, out, |x| e2m1_code(x * reciprocal));
+            write::<E>(row, spread, out, |x, r| e2m1_code(x * r));
         }
         (_, MicroDialect::MlxPower) => {
-            write::<E, GROUP>(group, out, |x| e2m1_down_code(x * reciprocal));
+            write::<E>(row, spread, out, |x, r| e2m1_down_code(x * r));
         }
         (_, MicroDialect::MlxE4m3) => {
-            write::<E, GROUP>(group, out, |x| e2m1_down_code(x / scale));
+            write::<E>(row, spread, out, |x, scale| e2m1_down_code(x / scale));
         }
     }
 }
 
-/// As [`encode_group`], for scales that are not moderate.
+#[inline(always)]
+fn write<E: Element>(
+    row: &[E::Raw],
+    spread: &[f32],
+    out: &mut [u8],
+    code: impl Fn(f32, f32) -> u8,
+) {
+    for ((&raw, &scale), out) in row.iter().zip(spread).zip(out) {
+        *out = code(E::widen(raw), scale);
+    }
+}
+
+/// Codes of a group whose scale is not moderate.
 fn encode_odd_group<E: Element, const GROUP: usize>(
     scheme: &MicroScheme,
     group: &[E::Raw; GROUP],
@@ -264,30 +291,15 @@ fn encode_odd_group<E: Element, const GROUP: usize>(
         return;
     }
     let is_rounded = scheme.dialect == MicroDialect::CompressedTensors;
-    write::<E, GROUP>(group, out, |x| {
-        let x = if is_rounded { E::round(x / scale) } else { x / scale };
-        match (scheme.float, is_rounded) {
+    for (&raw, out) in group.iter().zip(out) {
+        let x = E::widen(raw) / scale;
+        let x = if is_rounded { E::round(x) } else { x };
+        *out = match (scheme.float, is_rounded) {
             (MicroFloat::E4m3, _) => e4m3_code(x),
             (MicroFloat::E2m1, true) => e2m1_code(x),
             (MicroFloat::E2m1, false) => e2m1_down_code(x),
-        }
-    });
-}
-
-#[inline(always)]
-fn write<E: Element, const GROUP: usize>(
-    group: &[E::Raw; GROUP],
-    out: &mut [u8; GROUP],
-    code: impl Fn(f32) -> u8,
-) {
-    for (&raw, out) in group.iter().zip(out) {
-        *out = code(E::widen(raw));
+        };
     }
-}
-
-#[inline(always)]
-fn within(magnitude: f32, largest: f32) -> f32 {
-    if magnitude > largest { largest } else { magnitude }
 }
 
 #[inline(always)]

@@ -13,7 +13,7 @@ fn power(exponent: u32) -> f32 {
 }
 
 /// The magnitude `a` rounded to the nearest float of `MANTISSA` bits after the point and exponents
-/// from `LOWEST` on, ties to even: its code and its value. `a` is less than 2^100, and not NaN.
+/// from `LOWEST` on, ties to even: its code and its value. `a` is less than 2^100; of a NaN the code is any.
 #[inline(always)]
 fn nearest<const MANTISSA: u32, const LOWEST: i32>(a: f32) -> (u32, f32) {
     let lowest = ((127 + LOWEST) as u32) << 23;
@@ -21,9 +21,11 @@ fn nearest<const MANTISSA: u32, const LOWEST: i32>(a: f32) -> (u32, f32) {
     let exponent = if exponent > lowest { exponent } else { lowest };
     // A sum with 2^(exponent + 23 - MANTISSA) has the spacing of the float at `a`: the addition
     // rounds, and leaves the number of spacings in its lowest bits.
-    let magic = exponent + ((23 - MANTISSA) << 23);
+    let magic = exponent.wrapping_add((23 - MANTISSA) << 23);
     let sum = a + f32::from_bits(magic);
-    let code = (sum.to_bits() - magic) + ((exponent - lowest) >> (23 - MANTISSA));
+    // Wrapping, for the NaN that some kernels pass and whose code they replace.
+    let spacings = sum.to_bits().wrapping_sub(magic);
+    let code = spacings.wrapping_add((exponent - lowest) >> (23 - MANTISSA));
     (code, sum - f32::from_bits(magic))
 }
 
@@ -61,14 +63,21 @@ pub(super) fn e2m1_rounded(a: f32) -> f32 {
     nearest::<1, 0>(a).1
 }
 
+/// The smaller of two magnitudes, of which the second is a number.
+#[inline(always)]
+pub(super) fn within(magnitude: f32, largest: f32) -> f32 {
+    if magnitude > largest { largest } else { magnitude }
+}
+
 /// The E2M1 code nearest to a magnitude, ties to the smaller one.
 #[inline(always)]
 pub(super) fn e2m1_down(a: f32) -> u8 {
-    let mut code = 0u32;
-    for middle in [0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0] {
-        code += u32::from(a > middle);
-    }
-    code as u8
+    let (code, rounded) = nearest::<1, 0>(within(a, E2M1_MAX));
+    // What was half a spacing below the even code that it became.
+    let exponent = a.to_bits() & 0x7f80_0000;
+    let exponent = if exponent > 127 << 23 { exponent } else { 127 << 23 };
+    let tie = rounded - a == f32::from_bits(exponent - (2 << 23));
+    (if tie { code.wrapping_sub(1) } else { code }) as u8
 }
 
 /// The value of an E2M1 code of four bits.
