@@ -100,6 +100,24 @@ fn a_model_that_will_not_do_is_refused_before_anything_is_mounted() {
 }
 
 #[test]
+fn a_request_that_makes_no_sense_is_refused_in_one_line() {
+    let place = Place::new();
+    support::llama(&place.path("model"));
+    place.dir("bad");
+    let cases = [
+        ("--format gguf", "invalid value 'gguf' for '--format <NAME>'"),
+        ("--bits 9", "compressed-tensors has "),
+        ("--bits 4 --profile edge", "cannot be used with"),
+        ("--group-size 0", "neither a number of weights nor `channel`"),
+        ("--format ct-int8 --bits 4", "ct-int8 has "),
+        ("--skip re:(", "--skip \"re:(\" is not a valid pattern"),
+    ];
+    for (flags, complains) in cases {
+        check(&place, &format!("mount {{model}} {{bad}} {flags}"), 2, complains);
+    }
+}
+
+#[test]
 fn what_is_not_mounted_cannot_be_unmounted_or_asked() {
     let place = Place::new();
     place.dir("plain");

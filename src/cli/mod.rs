@@ -57,7 +57,11 @@ Exit codes:
 
 /// Runs the program with the arguments of this process, and says how it went.
 pub fn run() -> ExitCode {
-    let outcome = match Cli::parse().command {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return refuse(&error),
+    };
+    let outcome = match cli.command {
         Command::Mount(args) => mount::run(&args),
         Command::Unmount(args) => unmount::run(&args),
         Command::Status(args) => status::run(&args),
@@ -71,6 +75,20 @@ pub fn run() -> ExitCode {
             ExitCode::from(exit_code(error.kind()))
         }
     }
+}
+
+/// Answers a command line that can't be run: with the help or version asked for, or on one line.
+fn refuse(error: &clap::Error) -> ExitCode {
+    let help = clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand;
+    if !error.use_stderr() || error.kind() == help {
+        // Nobody is left to hear of it where the stream is gone.
+        let _ = error.print();
+        return if error.use_stderr() { ExitCode::from(2) } else { ExitCode::SUCCESS };
+    }
+    let text = error.to_string();
+    let text = text.split("\n\nFor more information").next().unwrap_or_default();
+    eprintln!("aq-fs: {}", one_line(text.strip_prefix("error: ").unwrap_or(text)));
+    ExitCode::from(exit_code(ErrorKind::Invalid))
 }
 
 /// The exit codes that `--help` lists.
