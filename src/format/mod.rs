@@ -4,12 +4,14 @@
 //! where their bytes come from, and what `config.json` declares. Planning is pure; no weight is
 //! read.
 
+mod awq;
 mod bitsandbytes;
 mod compressed_tensors;
 pub(crate) mod config;
 mod ct_float;
 mod dense;
 mod fp8_block;
+mod gptq;
 mod mlx;
 mod skip;
 mod takes;
@@ -58,6 +60,9 @@ pub static FORMATS: &[&dyn Format] = &[
     &mlx::MXFP8,
     &mlx::NVFP4,
     &fp8_block::Fp8Block,
+    &gptq::V1,
+    &gptq::V2,
+    &awq::Awq,
 ];
 
 /// The format of that name.

@@ -30,6 +30,8 @@ pub(super) enum Grain {
     Channel,
     /// Groups of these sizes.
     Groups(&'static [u32]),
+    /// Groups of these sizes, and channels.
+    GroupsOrChannel(&'static [u32]),
     /// Flat blocks of these sizes.
     FlatBlocks(&'static [u32]),
     /// Squares of this side.
@@ -59,6 +61,10 @@ impl Takes {
                 Grain::Any => (asked != Granularity::Group(0), "at least one weight".to_owned()),
                 Grain::Channel => (asked == Granularity::Channel, "a whole channel".to_owned()),
                 Grain::Groups(sizes) => (among(sizes), format!("groups of {}", either(sizes))),
+                Grain::GroupsOrChannel(sizes) => (
+                    asked == Granularity::Channel || among(sizes),
+                    format!("groups of {}, or a whole channel", either(sizes)),
+                ),
                 Grain::FlatBlocks(sizes) => (among(sizes), format!("blocks of {}", either(sizes))),
                 Grain::Squares(side) => (among(&[side]), format!("blocks of {side} x {side}")),
             };

@@ -23,6 +23,7 @@ mod shape;
 #[cfg(test)]
 mod tests;
 mod tile;
+mod transposed;
 
 use crate::dtype::{Dtype, byte_len};
 
@@ -35,6 +36,7 @@ pub use isa::Isa;
 pub use llm_int8::LlmInt8Scheme;
 pub use micro::{MicroDialect, MicroFloat, MicroScheme};
 pub use tile::{Reals, Tile};
+pub use transposed::{TransposedOrder, TransposedScheme};
 
 /// How much work goes into the choice of a scale. Never changes shapes or layout.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -60,6 +62,8 @@ pub enum Scheme {
     Codebook(CodebookScheme),
     /// Signed bytes with the largest magnitude of a row.
     LlmInt8(LlmInt8Scheme),
+    /// Integers, transposed, with a scale and a zero point per group or channel.
+    Transposed(TransposedScheme),
 }
 
 /// What a part of a quantized weight holds.
@@ -108,6 +112,7 @@ impl Scheme {
             Self::Fp8(scheme) => scheme.accepts(dtype, shape),
             Self::Codebook(scheme) => scheme.accepts(dtype, shape),
             Self::LlmInt8(scheme) => scheme.accepts(dtype, shape),
+            Self::Transposed(scheme) => scheme.accepts(dtype, shape),
         }
     }
 
@@ -120,6 +125,7 @@ impl Scheme {
             Self::Fp8(scheme) => scheme.parts(dtype, shape),
             Self::Codebook(scheme) => scheme.parts(dtype, shape),
             Self::LlmInt8(scheme) => scheme.parts(shape),
+            Self::Transposed(scheme) => scheme.parts(dtype, shape),
         }
     }
 
@@ -132,6 +138,7 @@ impl Scheme {
             Self::Fp8(scheme) => scheme.grid(dtype, shape, source_bytes),
             Self::Codebook(scheme) => scheme.grid(dtype, shape, source_bytes),
             Self::LlmInt8(scheme) => scheme.grid(dtype, shape, source_bytes),
+            Self::Transposed(scheme) => scheme.grid(dtype, shape, source_bytes),
         }
     }
 
@@ -149,6 +156,7 @@ impl Scheme {
             Self::Fp8(scheme) => scheme.encode(isa, tile, out),
             Self::Codebook(scheme) => scheme.encode(isa, tile, out),
             Self::LlmInt8(scheme) => scheme.encode(isa, tile, out),
+            Self::Transposed(scheme) => scheme.encode(isa, tile, out),
         }
     }
 
@@ -172,6 +180,7 @@ impl Scheme {
             Self::Fp8(scheme) => scheme.decode(dtype, (rows, cols), parts, out),
             Self::Codebook(scheme) => scheme.decode(dtype, (rows, cols), parts, out),
             Self::LlmInt8(scheme) => scheme.decode(dtype, (rows, cols), parts, out),
+            Self::Transposed(scheme) => scheme.decode(dtype, (rows, cols), parts, out),
         }
     }
 }
@@ -180,7 +189,10 @@ impl std::fmt::Display for Scheme {
     /// As `int4, groups of 128, symmetric, search`.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let quality = match self {
-            Self::Int(IntScheme { bits, granularity, symmetric, quality, .. }) => {
+            Self::Int(IntScheme { bits, granularity, symmetric, quality, .. })
+            | Self::Transposed(TransposedScheme {
+                bits, granularity, symmetric, quality, ..
+            }) => {
                 write!(f, "int{bits}, ")?;
                 match granularity {
                     Granularity::Group(size) => write!(f, "groups of {size}, ")?,

@@ -4,6 +4,7 @@ mod affine;
 mod codebook;
 mod every;
 mod floats;
+mod transposed;
 
 use super::*;
 

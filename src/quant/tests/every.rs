@@ -26,16 +26,17 @@ fn schemes(quality: Quality) -> Vec<Scheme> {
         let (block_size, storage) = (64, Storage::U8);
         out.push(Scheme::Codebook(CodebookScheme { codebook, block_size, storage, quality }));
     }
+    out.extend(transposed::schemes(quality).into_iter().map(Scheme::Transposed));
     out
 }
 
 #[test]
 fn chunks_make_the_bytes_of_the_whole_on_every_cpu() {
-    let shape = (75, 96);
     for f in FLOATS {
-        let bytes = stored(f, &weight(f, shape.0, shape.1, 32));
+        let bytes = stored(f, &weight(f, 75, 96, 32));
         let data = Reals::new(f.dtype, &bytes).expect("a float type");
         for scheme in schemes(Quality::Reference).into_iter().chain(schemes(Quality::Search)) {
+            let shape = if let Scheme::Transposed(_) = scheme { (64, 96) } else { (75, 96) };
             let whole = encode(scheme, Isa::detect(), data, shape, u64::MAX);
             for isa in Isa::available() {
                 for source_bytes in [0, 1000, 20_000] {
@@ -99,7 +100,7 @@ fn search_lessens_the_error_where_it_has_a_choice() {
             let ratio = search_error / reference_error;
             println!("{search}, {:?}: {:.2} dB", f.dtype, -10.0 * ratio.log10());
             let searches = match search {
-                Scheme::Affine(_) | Scheme::Codebook(_) => true,
+                Scheme::Affine(_) | Scheme::Codebook(_) | Scheme::Transposed(_) => true,
                 Scheme::Micro(scheme) => scheme.float == MicroFloat::E2m1,
                 Scheme::Int(_) | Scheme::Fp8(_) | Scheme::LlmInt8(_) => false,
             };
