@@ -9,7 +9,7 @@
 
 use serde_json::{Map, Value};
 
-use super::{Edit, Format, Plan, Weight};
+use super::{Edit, Format, Grain, Plan, Reader, Takes, Weight, by_layout, ran};
 use crate::error::{self, Result};
 use crate::quant::Real;
 use crate::recipe::{Assignment, Request};
@@ -26,6 +26,24 @@ impl Format for Dense {
 
     fn about(&self) -> &'static str {
         "plain numbers, as the source has them or as --dtype and --simulate say, for every loader"
+    }
+
+    fn takes(&self) -> Takes {
+        Takes { bits: &[], grain: Grain::None, symmetry: None, scale_format: false, storage: false }
+    }
+
+    fn readers(&self) -> &'static [Reader] {
+        const {
+            &[
+                ran("safetensors", "(`tests/loaders.rs`)"),
+                by_layout("transformers"),
+                by_layout("diffusers"),
+                by_layout("vLLM"),
+                by_layout("SGLang"),
+                by_layout("mistral.rs"),
+                by_layout("mlx-lm"),
+            ]
+        }
     }
 
     fn plan(&self, catalog: &Catalog, config: Option<&Value>, request: &Request) -> Result<Plan> {
