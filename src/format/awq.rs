@@ -14,10 +14,9 @@
 use serde_json::{Value, json};
 
 use super::gptq::{GROUPS, group_size};
-use super::takes::{Grain, Takes};
-use super::{Format, Plan, skip};
+use super::{Format, Grain, Plan, Reader, Takes, by_layout, skip};
 use crate::error::Result;
-use crate::quant::{Granularity, Scheme, TransposedOrder, TransposedScheme};
+use crate::quant::{Scheme, TransposedOrder, TransposedScheme};
 use crate::recipe::{Assignment, Decision, Request};
 use crate::source::Catalog;
 
@@ -34,18 +33,33 @@ impl Format for Awq {
         "AWQ's 4-bit integers with zero points, for vLLM, SGLang, transformers and mlx-lm"
     }
 
-    fn plan(&self, catalog: &Catalog, config: Option<&Value>, request: &Request) -> Result<Plan> {
-        let takes = Takes {
+    fn takes(&self) -> Takes {
+        Takes {
             bits: &[4],
             grain: Grain::GroupsOrChannel(GROUPS),
             symmetry: Some(false),
             scale_format: false,
             storage: false,
-        };
+        }
+    }
+
+    fn readers(&self) -> &'static [Reader] {
+        const {
+            &[
+                by_layout("vLLM"),
+                by_layout("SGLang"),
+                by_layout("transformers"),
+                by_layout("mlx-lm"),
+            ]
+        }
+    }
+
+    fn plan(&self, catalog: &Catalog, config: Option<&Value>, request: &Request) -> Result<Plan> {
+        let takes = self.takes();
         takes.check(self.name(), request)?;
         let scheme = TransposedScheme {
             bits: 4,
-            granularity: request.granularity.unwrap_or(Granularity::Group(128)),
+            granularity: takes.granularity(request),
             symmetric: false,
             order: TransposedOrder::AwqGemm,
             quality: request.quality,

@@ -20,8 +20,7 @@ use std::collections::BTreeSet;
 
 use serde_json::{Map, Value, json};
 
-use super::takes::{Grain, Takes};
-use super::{Format, Plan};
+use super::{Format, Grain, Plan, Reader, Takes, by_layout};
 use crate::dtype::Dtype;
 use crate::error::Result;
 use crate::quant::{Granularity, Scheme, TransposedOrder, TransposedScheme};
@@ -33,6 +32,7 @@ use crate::source::Catalog;
 pub(super) struct Gptq {
     name: &'static str,
     about: &'static str,
+    readers: &'static [Reader],
     order: TransposedOrder,
     checkpoint_format: &'static str,
 }
@@ -41,6 +41,12 @@ pub(super) struct Gptq {
 pub(super) static V1: Gptq = Gptq {
     name: "gptq",
     about: "GPTQ integers of 2, 3, 4 or 8 bits, for vLLM, SGLang, gptqmodel and transformers",
+    readers: &[
+        by_layout("vLLM"),
+        by_layout("SGLang"),
+        by_layout("gptqmodel"),
+        by_layout("transformers"),
+    ],
     order: TransposedOrder::GptqV1,
     checkpoint_format: "gptq",
 };
@@ -49,12 +55,13 @@ pub(super) static V1: Gptq = Gptq {
 pub(super) static V2: Gptq = Gptq {
     name: "gptq-v2",
     about: "GPTQ's second version, which stores zero points as they are, for gptqmodel and vLLM",
+    readers: &[by_layout("gptqmodel"), by_layout("vLLM")],
     order: TransposedOrder::GptqV2,
     checkpoint_format: "gptq_v2",
 };
 
-/// The sizes of groups that gptqmodel has and packing allows.
-pub(super) const GROUPS: &[u32] = &[32, 64, 128, 256, 512, 1024];
+/// The sizes of groups that gptqmodel has and packing allows, the default first.
+pub(super) const GROUPS: &[u32] = &[128, 32, 64, 256, 512, 1024];
 
 impl Format for Gptq {
     fn name(&self) -> &'static str {
@@ -65,18 +72,26 @@ impl Format for Gptq {
         self.about
     }
 
-    fn plan(&self, catalog: &Catalog, config: Option<&Value>, request: &Request) -> Result<Plan> {
-        let takes = Takes {
-            bits: &[2, 3, 4, 8],
+    fn takes(&self) -> Takes {
+        Takes {
+            bits: &[4, 2, 3, 8],
             grain: Grain::GroupsOrChannel(GROUPS),
             symmetry: None,
             scale_format: false,
             storage: false,
-        };
+        }
+    }
+
+    fn readers(&self) -> &'static [Reader] {
+        self.readers
+    }
+
+    fn plan(&self, catalog: &Catalog, config: Option<&Value>, request: &Request) -> Result<Plan> {
+        let takes = self.takes();
         takes.check(self.name, request)?;
         let scheme = TransposedScheme {
-            bits: request.bits.unwrap_or(4),
-            granularity: request.granularity.unwrap_or(Granularity::Group(128)),
+            bits: takes.bits(request),
+            granularity: takes.granularity(request),
             symmetric: request.symmetric.unwrap_or(true),
             order: self.order,
             quality: request.quality,

@@ -23,9 +23,10 @@ use serde_json::{Map, Value};
 
 use crate::dtype::{self, Dtype};
 use crate::error::{self, Result};
-use crate::quant::Scheme;
+use crate::quant::{CastScheme, Grid, Isa, Part, Real, Scheme, Tile};
 use crate::recipe::{Assignment, Request, module_of};
-use crate::source::{Catalog, TensorId};
+use crate::source::{Catalog, Tensor, TensorId};
+pub use takes::{Grain, Takes, ranges};
 
 /// One way of writing down a quantized checkpoint.
 pub trait Format: Debug + Sync {
@@ -35,12 +36,38 @@ pub trait Format: Debug + Sync {
     /// One line: what it is, and who reads it.
     fn about(&self) -> &'static str;
 
+    /// What of a request it takes, and its defaults.
+    fn takes(&self) -> Takes;
+
+    /// The loaders that read it, and how that is known.
+    fn readers(&self) -> &'static [Reader];
+
     /// What every shard shows of a checkpoint, given its catalog and the value of its
     /// `config.json`, if it has one.
     ///
     /// # Errors
     /// `Invalid` for a request that the format can't express.
     fn plan(&self, catalog: &Catalog, config: Option<&Value>, request: &Request) -> Result<Plan>;
+}
+
+/// A loader that reads a format, and how that is known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Reader {
+    /// The loader's name, as documentation spells it.
+    pub loader: &'static str,
+    /// The versions that were run on mounts, and on which models; `None` where what the format shows
+    /// was only compared with what the loader's code reads.
+    pub ran: Option<&'static str>,
+}
+
+/// A loader that was run.
+const fn ran(loader: &'static str, what: &'static str) -> Reader {
+    Reader { loader, ran: Some(what) }
+}
+
+/// A loader that was not.
+const fn by_layout(loader: &'static str) -> Reader {
+    Reader { loader, ran: None }
 }
 
 /// Every format, in the order in which they are listed to users.
@@ -88,8 +115,19 @@ pub struct Plan {
     /// Members that `config.json` gets, and which replace its own; none where nothing is quantized
     /// and it stays as it is.
     pub config: Map<String, Value>,
+    /// What changes within objects that are members of `config.json`.
+    pub nested: Vec<(String, Edit)>,
     /// The `format` of every shard's metadata.
     pub framework: &'static str,
+}
+
+/// A change of a JSON object.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Edit {
+    /// Members to be removed.
+    pub remove: Vec<&'static str>,
+    /// Members that are added, or replace others.
+    pub set: Map<String, Value>,
 }
 
 /// A weight that is encoded.
@@ -99,6 +137,36 @@ pub struct Weight {
     pub tensor: TensorId,
     /// How it becomes codes.
     pub scheme: Scheme,
+    /// The element type of the numbers that it is decoded to again, where those are shown instead
+    /// of its codes.
+    pub decoded: Option<Real>,
+}
+
+impl Weight {
+    /// The tensors that it becomes.
+    pub fn parts(&self, tensor: &Tensor) -> Vec<Part> {
+        match self.decoded {
+            None => self.scheme.parts(tensor.dtype, &tensor.shape),
+            Some(to) => vec![self.scheme.decoded_part(&tensor.shape, to)],
+        }
+    }
+
+    /// How it is cut into chunks of about `source_bytes`.
+    pub fn grid(&self, tensor: &Tensor, source_bytes: u64) -> Grid {
+        let (dtype, shape) = (tensor.dtype, &tensor.shape);
+        match self.decoded {
+            None => self.scheme.grid(dtype, shape, source_bytes),
+            Some(to) => self.scheme.decoded_grid(dtype, shape, to, source_bytes),
+        }
+    }
+
+    /// Encodes the window of one chunk of [`grid`](Self::grid), all parts in one pass.
+    pub fn encode(&self, isa: Isa, tile: &Tile<'_>, out: &mut [&mut [u8]]) {
+        match self.decoded {
+            None => self.scheme.encode(isa, tile, out),
+            Some(to) => self.scheme.encode_decoded(isa, tile, to, out[0]),
+        }
+    }
 }
 
 /// One tensor that a view shows.
@@ -143,6 +211,7 @@ impl Plan {
             weights: Vec::new(),
             items: Vec::with_capacity(tensors),
             config: Map::new(),
+            nested: Vec::new(),
             framework: "pt",
         }
     }
@@ -155,11 +224,24 @@ impl Plan {
     /// Encodes a source tensor, and shows its parts by the suffixes given, in the scheme's order.
     fn encode(&mut self, id: TensorId, scheme: Scheme, suffixes: &[&'static str]) {
         let weight = self.weights.len();
-        self.weights.push(Weight { tensor: id, scheme });
+        self.weights.push(Weight { tensor: id, scheme, decoded: None });
         for (part, suffix) in suffixes.iter().enumerate() {
             let content = Content::Part { weight, part };
             self.items.push(Item { tensor: id, suffix: Some(suffix), content });
         }
+    }
+
+    /// Shows a source tensor with elements of type `to`.
+    fn cast(&mut self, id: TensorId, to: Real) {
+        let scheme = Scheme::Cast(CastScheme { to });
+        self.show(Weight { tensor: id, scheme, decoded: None });
+    }
+
+    /// Shows a weight of one part by the source tensor's own name.
+    fn show(&mut self, weight: Weight) {
+        let content = Content::Part { weight: self.weights.len(), part: 0 };
+        self.items.push(Item { tensor: weight.tensor, suffix: None, content });
+        self.weights.push(weight);
     }
 
     /// Declares the quantization, if there is any.
@@ -197,8 +279,7 @@ impl Plan {
             Content::Source => (tensor.dtype, tensor.shape.as_slice().into()),
             Content::Inline { dtype, shape, .. } => (*dtype, (&**shape).into()),
             Content::Part { weight, part } => {
-                let scheme = self.weights[*weight].scheme;
-                let part = scheme.parts(tensor.dtype, &tensor.shape).swap_remove(*part);
+                let part = self.weights[*weight].parts(tensor).swap_remove(*part);
                 (part.dtype, part.shape.into())
             }
         }
