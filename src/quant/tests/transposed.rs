@@ -21,11 +21,10 @@ fn naive_group(bits: u8, symmetric: bool, xs: &[f32]) -> Group {
         (min, max) = (-1.0, 1.0);
     }
     let scale = (max - min) / levels as f32;
-    let zero = if symmetric {
-        1 << (bits - 1)
-    } else {
-        (-min / scale).round_ties_even().min(levels as f32) as u32
-    };
+    let zero = (-min / scale).round_ties_even().min(levels as f32);
+    // Of a scale that rounds to zero there is no telling.
+    let middle = symmetric || scale == 0.0 && min == 0.0;
+    let zero = if middle { 1 << (bits - 1) } else { zero as u32 };
     let code = |x: f32| {
         let q = (x / scale).round_ties_even();
         let q = if q.is_nan() { 0.0 } else { f64::from(q) } + f64::from(zero);
