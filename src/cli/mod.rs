@@ -310,7 +310,9 @@ impl Default for BudgetArgs {
 
 impl BudgetArgs {
     fn budget(&self) -> Budget {
-        Budget { cache: self.cache_size, ..Budget::default() }
+        // A chunk that fills the cache would push out all others.
+        let chunk = Budget::default().chunk.min((self.cache_size / 16).max(64 << 10));
+        Budget { cache: self.cache_size, chunk, ..Budget::default() }
     }
 }
 

@@ -13,6 +13,7 @@ mod dense;
 mod fp8_block;
 mod gptq;
 mod mlx;
+mod mxfp4;
 mod skip;
 mod takes;
 
@@ -90,6 +91,7 @@ pub static FORMATS: &[&dyn Format] = &[
     &gptq::V1,
     &gptq::V2,
     &awq::Awq,
+    &mxfp4::Mxfp4,
 ];
 
 /// The format of that name.
@@ -174,7 +176,8 @@ impl Weight {
 pub struct Item {
     /// The source tensor that it comes from, and whose shard shows it.
     pub tensor: TensorId,
-    /// What follows its module and a dot in its name; the source tensor's own name where `None`.
+    /// What follows its module and a dot in its name or, where it begins with an underscore, the
+    /// source tensor's own name; just that name where `None`.
     pub suffix: Option<&'static str>,
     /// Where its bytes come from.
     pub content: Content,
@@ -268,6 +271,7 @@ impl Plan {
         let name = catalog[item.tensor].name.as_str();
         match item.suffix {
             None => name.into(),
+            Some(suffix) if suffix.starts_with('_') => format!("{name}{suffix}").into(),
             Some(suffix) => format!("{}.{suffix}", module_of(name)).into(),
         }
     }

@@ -10,6 +10,7 @@ mod affine_search;
 mod cast;
 mod codebook;
 mod codebook_search;
+mod experts;
 mod fp8;
 mod grid;
 mod int;
@@ -32,6 +33,7 @@ use crate::dtype::{Dtype, byte_len};
 pub use affine::AffineScheme;
 pub use cast::CastScheme;
 pub use codebook::{Codebook, CodebookScheme, Storage};
+pub use experts::ExpertsScheme;
 pub use fp8::{Fp8Grain, Fp8Scale, Fp8Scheme};
 pub use grid::{Axis, Grid, PartBytes, Window};
 pub use int::{Granularity, IntScheme, Packing};
@@ -69,6 +71,8 @@ pub enum Scheme {
     Cast(CastScheme),
     /// Integers, transposed, with a scale and a zero point per group or channel.
     Transposed(TransposedScheme),
+    /// Small floats of stacked experts, transposed.
+    Experts(ExpertsScheme),
 }
 
 /// What a part of a quantized weight holds.
@@ -121,6 +125,7 @@ impl Scheme {
             Self::LlmInt8(scheme) => scheme.accepts(dtype, shape),
             Self::Cast(scheme) => scheme.accepts(dtype, shape),
             Self::Transposed(scheme) => scheme.accepts(dtype, shape),
+            Self::Experts(scheme) => scheme.accepts(dtype, shape),
         }
     }
 
@@ -135,6 +140,7 @@ impl Scheme {
             Self::LlmInt8(scheme) => scheme.parts(shape),
             Self::Cast(scheme) => scheme.parts(shape),
             Self::Transposed(scheme) => scheme.parts(dtype, shape),
+            Self::Experts(scheme) => scheme.parts(shape),
         }
     }
 
@@ -149,6 +155,7 @@ impl Scheme {
             Self::LlmInt8(scheme) => scheme.grid(dtype, shape, source_bytes),
             Self::Cast(scheme) => scheme.grid(dtype, shape, source_bytes),
             Self::Transposed(scheme) => scheme.grid(dtype, shape, source_bytes),
+            Self::Experts(scheme) => scheme.grid(dtype, shape, source_bytes),
         }
     }
 
@@ -168,6 +175,7 @@ impl Scheme {
             Self::LlmInt8(scheme) => scheme.encode(isa, tile, out),
             Self::Cast(scheme) => scheme.encode(isa, tile, out),
             Self::Transposed(scheme) => scheme.encode(isa, tile, out),
+            Self::Experts(scheme) => scheme.encode(isa, tile, out),
         }
     }
 
@@ -193,6 +201,7 @@ impl Scheme {
             Self::LlmInt8(scheme) => scheme.decode(dtype, (rows, cols), parts, out),
             Self::Cast(scheme) => scheme.decode(dtype, (rows, cols), parts, out),
             Self::Transposed(scheme) => scheme.decode(dtype, (rows, cols), parts, out),
+            Self::Experts(scheme) => scheme.decode(dtype, (rows, cols), parts, out),
         }
     }
 }
@@ -239,6 +248,10 @@ impl std::fmt::Display for Scheme {
                 })?;
                 write!(f, ", flat blocks of {block_size}")?;
                 Some(quality)
+            }
+            Self::Experts(scheme) => {
+                f.write_str("E2M1, groups of 32")?;
+                Some(&scheme.quality)
             }
             Self::LlmInt8(_) => {
                 f.write_str("int8, per channel")?;

@@ -102,6 +102,7 @@ impl Scheme {
             Self::Affine(_) | Self::Micro(_) | Self::LlmInt8(_) | Self::Transposed(_) => {
                 Unit::Rows(1)
             }
+            Self::Experts(_) => Unit::Rows(32),
             Self::Fp8(scheme) => Unit::Rows(scheme.block(shape[shape.len() - 1]).0),
             Self::Codebook(scheme) => Unit::Run(scheme.unit()),
             Self::Cast(_) => Unit::Run(64),

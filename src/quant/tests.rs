@@ -3,6 +3,7 @@
 mod affine;
 mod codebook;
 mod every;
+mod experts;
 mod floats;
 mod transposed;
 

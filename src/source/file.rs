@@ -109,7 +109,12 @@ impl SourceFile {
 #[derive(Debug)]
 pub struct SourceFiles {
     open: Mutex<LruCache<u64, Arc<OpenFile>>>,
+    /// A long range that was read, whose pages are not given back yet.
+    lingering: Mutex<Option<(Arc<OpenFile>, Range<usize>)>>,
 }
+
+/// Bytes of a range that is long: more than any band of a few rows.
+const LONG: usize = 8 << 20;
 
 #[derive(Debug)]
 struct OpenFile {
@@ -128,7 +133,7 @@ struct Mapped {
 impl SourceFiles {
     /// At most `capacity` files are kept open and mapped.
     pub fn new(capacity: NonZeroUsize) -> Self {
-        Self { open: Mutex::new(LruCache::new(capacity)) }
+        Self { open: Mutex::new(LruCache::new(capacity)), lingering: Mutex::default() }
     }
 
     /// Fills `buf` from `offset` of the file, without mapping it into memory.
@@ -149,7 +154,8 @@ impl SourceFiles {
     }
 
     /// Shows `f` a range of the mapped file and returns what `f` made of it, provided that the
-    /// file was still whole afterwards. The range's pages are then given back.
+    /// file was still whole afterwards. The range's pages are then given back; those of a long range
+    /// not until another is read, for it may be read again, a few columns of a matrix at a time.
     ///
     /// # Errors
     /// `Stale` where the file is no longer what it was when the checkpoint was opened; what `f`
@@ -166,12 +172,40 @@ impl SourceFiles {
         open.verify()?;
         let range = start as usize..(start + len) as usize;
         let map = open.map()?;
+        let is_long = range.len() > LONG;
+        if is_long {
+            self.begin(&open, map, &range);
+        }
         let out = f(&map[range.clone()]);
         open.verify()?;
-        if !range.is_empty() {
+        if !is_long && !range.is_empty() {
             drop_pages(map, range);
         }
         Ok(out)
+    }
+
+    /// Lets the pages of a long range linger in place of the last one's, and has those that are not
+    /// in memory read in order: by columns they would be asked for in no order that the kernel sees.
+    fn begin(&self, open: &Arc<OpenFile>, map: &Mmap, range: &Range<usize>) {
+        let last = {
+            let mut lingering = self.lingering.lock();
+            if let Some((file, last)) = &mut *lingering
+                && Arc::ptr_eq(file, open)
+                && last.start < range.end
+                && range.start < last.end
+            {
+                *last = last.start.min(range.start)..last.end.max(range.end);
+                return;
+            }
+            lingering.replace((open.clone(), range.clone()))
+        };
+        if let Some((file, last)) = last
+            && let Some(mapped) = file.map.get()
+        {
+            drop_pages(&mapped.map, last);
+        }
+        // Advice, which fails without consequence.
+        let _ = map.advise_range(memmap2::Advice::WillNeed, range.start, range.len());
     }
 
     /// Asks the kernel to read a file into its page cache, and returns at once.
@@ -188,6 +222,7 @@ impl SourceFiles {
     /// Closes every file that nobody is reading.
     pub fn clear(&self) {
         self.open.lock().clear();
+        self.lingering.lock().take();
     }
 
     /// The number of files open, and the bytes of address space that they map.
