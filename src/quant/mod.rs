@@ -23,6 +23,7 @@ mod pack;
 mod search;
 mod shape;
 mod simulate;
+mod spoilt;
 #[cfg(test)]
 mod tests;
 mod tile;
