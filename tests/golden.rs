@@ -84,6 +84,7 @@ fn request(name: &str) -> Request {
     }
     match name {
         "awq-gemm-4b-g128" => request("awq"),
+        "gptoss-mxfp4" => request("mxfp4"),
         "ct-int8-w8a8" => request("ct-int8"),
         "ct-fp8-dynamic" => request("ct-fp8"),
         "ct-mxfp4a16" => request("ct-mxfp4"),
@@ -130,8 +131,9 @@ fn reference_quality_reproduces_every_recorded_checkpoint() {
     let recorded = recorded.as_object().expect("checkpoints by name");
     assert!(recorded.len() >= 30);
     for (name, checkpoint) in recorded {
-        let view = View::open(&fixtures.join("llama-bf16"), &request(name), Budget::default())
-            .expect(name);
+        let model = if name.starts_with("gptoss") { "gptoss-bf16" } else { "llama-bf16" };
+        let view =
+            View::open(&fixtures.join(model), &request(name), Budget::default()).expect(name);
         let shown = shown(&view);
         let expected: BTreeMap<String, (String, Vec<usize>, String)> =
             serde_json::from_value(checkpoint["tensors"].clone()).expect("rows");

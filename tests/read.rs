@@ -2,6 +2,7 @@
 
 mod support;
 
+use std::path::Path;
 use std::sync::LazyLock;
 
 use aq_fs::export::{Options, export};
@@ -11,11 +12,19 @@ use aq_fs::recipe::{Decision, Request};
 use aq_fs::view::{Budget, NodeId, NodeKind, View};
 use proptest::prelude::*;
 
-static MODEL: LazyLock<tempfile::TempDir> = LazyLock::new(|| {
-    let dir = tempfile::tempdir().expect("a directory");
-    support::llama(dir.path());
-    dir
+static MODELS: LazyLock<[tempfile::TempDir; 2]> = LazyLock::new(|| {
+    [support::llama, support::gpt_oss].map(|write| {
+        let dir = tempfile::tempdir().expect("a directory");
+        write(dir.path());
+        dir
+    })
 });
+
+/// The model that the format asked for takes.
+fn model_for(request: &Request) -> &'static Path {
+    let format = request.simulate.as_ref().unwrap_or(&request.format);
+    MODELS[usize::from(support::is_for_gpt_oss(format))].path()
+}
 
 /// One request for every format as it is by default, and variants of those that take them.
 fn requests() -> Vec<Request> {
@@ -59,7 +68,7 @@ fn whole(view: &View, file: NodeId) -> Vec<u8> {
 static ORACLES: LazyLock<Vec<Vec<Vec<u8>>>> = LazyLock::new(|| {
     let oracle = |request: &Request| {
         let budget = Budget { cache: 0, chunk: u64::MAX, ahead: 0 };
-        let view = View::open(MODEL.path(), request, budget).expect("a view");
+        let view = View::open(model_for(request), request, budget).expect("a view");
         (0..view.tree().nodes().len()).map(|file| whole(&view, file)).collect()
     };
     requests().iter().map(oracle).collect()
@@ -77,7 +86,7 @@ proptest! {
         reads in prop::collection::vec((any::<prop::sample::Index>(), any::<prop::sample::Index>(), 0usize..70_000), 1..40),
     ) {
         let request = &requests()[which];
-        let view = View::open(MODEL.path(), request, Budget { cache, chunk, ahead }).expect("a view");
+        let view = View::open(model_for(request), request, Budget { cache, chunk, ahead }).expect("a view");
         let oracle = &ORACLES[which];
         for (file, offset, len) in reads {
             let file = file.index(oracle.len());
@@ -100,7 +109,7 @@ proptest! {
 fn an_export_is_what_a_view_shows() {
     for (request, oracle) in requests().iter().zip(ORACLES.iter()).step_by(3) {
         let budget = Budget { cache: 1 << 20, chunk: 30_000, ahead: 0 };
-        let view = View::open(MODEL.path(), request, budget).expect("a view");
+        let view = View::open(model_for(request), request, budget).expect("a view");
         let out = tempfile::tempdir().expect("a directory");
         let options = Options { threads: 3, overwrite: false };
         let summary = export(&view, out.path(), options, &|_, _| {}).expect("exported");
@@ -120,16 +129,16 @@ fn an_export_is_what_a_view_shows() {
 #[test]
 fn what_is_not_quantized_is_what_the_source_has() {
     for request in &requests()[..FORMATS.len()] {
-        let view = View::open(MODEL.path(), request, Budget::default()).expect("a view");
+        let view = View::open(model_for(request), request, Budget::default()).expect("a view");
         let mut kept = 0;
         let tokenizer = view.tree().lookup(0, "tokenizer.json".as_ref()).expect("shown");
-        let source = std::fs::read(MODEL.path().join("tokenizer.json")).expect("there");
+        let source = std::fs::read(model_for(request).join("tokenizer.json")).expect("there");
         assert_eq!(whole(&view, tokenizer), source);
         for shard in ["model-00001-of-00003.safetensors", "model-00003-of-00003.safetensors"] {
             let id = view.tree().lookup(0, shard.as_ref()).expect("shown");
             let shown = whole(&view, id);
             let shown = safetensors::SafeTensors::deserialize(&shown).expect("a shard");
-            let source = std::fs::read(MODEL.path().join(shard)).expect("there");
+            let source = std::fs::read(model_for(request).join(shard)).expect("there");
             let source = safetensors::SafeTensors::deserialize(&source).expect("a shard");
             let model = &view.models()[0];
             for (id, tensor) in model.checkpoint().catalog().tensors().iter().enumerate() {
