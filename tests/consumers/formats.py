@@ -1,6 +1,6 @@
 """Loads a mount in every format that transformers reads on the CPU, and generates.
 
-    python formats.py AQ_FS MODEL
+    python formats.py AQ_FS MODEL [FORMAT ...]
 
 The logits' distance from the original's must be at least what the number of bits promises on such a
 small model, at both qualities.
@@ -27,6 +27,8 @@ FORMATS = {
     "bnb-fp4": 6,
     "bnb-int8": 25,
 }
+# Of models that store their experts as one tensor.
+FUSED = {"mxfp4": 9}
 
 
 def logits(directory, tokens):
@@ -40,11 +42,12 @@ def logits(directory, tokens):
 
 
 def main():
-    binary, model = sys.argv[1:]
+    binary, model, *names = sys.argv[1:]
+    formats = {name: (FORMATS | FUSED)[name] for name in names} or FORMATS
     tokens = torch.randint(3, 250, (4, 64), generator=torch.Generator().manual_seed(0))
     original = logits(model, tokens)
     failed = 0
-    for name, least in FORMATS.items():
+    for name, least in formats.items():
         for quality in ("reference", "search"):
             with tempfile.TemporaryDirectory() as mount:
                 command = [binary, "mount", model, mount, "--format", name, "--quality", quality]
@@ -58,7 +61,7 @@ def main():
             good = distance >= least
             failed += not good
             print(f"{'ok' if good else 'FAIL'} {name}, {quality}: logits at {distance:.2f} dB", flush=True)
-    print(f"{len(FORMATS)} formats, {failed} failures")
+    print(f"{len(formats)} formats, {failed} failures")
     sys.exit(bool(failed))
 
 
