@@ -285,6 +285,7 @@ fn figures(status: Status, view: Arc<View>, counters: Arc<Counters>) -> impl Fn(
             read_errors: counters.errors(),
             stats,
             rates: speed.since_asked(Instant::now(), stats.output_bytes, stats.source_bytes),
+            warnings: status.warnings.iter().cloned().chain(view.spoilt()).collect(),
             advice: advice(status.device),
             ..status.clone()
         }

@@ -10,6 +10,7 @@ mod identity;
 mod model;
 mod portions;
 mod shard;
+mod spoilt;
 mod tree;
 mod walk;
 
@@ -33,6 +34,7 @@ use ahead::{Streams, Workers};
 use buffers::Buffers;
 use cache::Cache;
 use model::Engine;
+use spoilt::Spoilt;
 
 /// Source files kept open and mapped at a time.
 const OPEN_FILES: NonZeroUsize = NonZeroUsize::new(64).expect("64 is not zero");
@@ -171,6 +173,7 @@ impl View {
             isa: Isa::detect(),
             budget,
             counters: Counters::default(),
+            spoilt: Spoilt::default(),
         };
         Ok(Self {
             root,
@@ -213,6 +216,16 @@ impl View {
     /// What it was opened with.
     pub fn budget(&self) -> Budget {
         self.shared.engine.budget
+    }
+
+    /// The weights that encoding has found to hold a NaN or an infinity so far, a line each.
+    pub fn spoilt(&self) -> Vec<String> {
+        self.shared.engine.spoilt.all()
+    }
+
+    /// Those of [`spoilt`](Self::spoilt) that this was not told before. Cheap where there are none.
+    pub fn news(&self) -> Vec<String> {
+        self.shared.engine.spoilt.take()
     }
 
     /// What the view has done and holds.
