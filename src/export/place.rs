@@ -1,4 +1,4 @@
-//! What an output directory holds before an export: nothing, a part of it, or something else.
+//! What an output directory holds before an export.
 
 use std::fs;
 use std::hash::{DefaultHasher, Hash, Hasher};
