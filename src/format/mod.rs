@@ -47,6 +47,7 @@ pub static FORMATS: &[&dyn Format] = &[
     &compressed_tensors::PackQuantized,
     &compressed_tensors::IntQuantized,
     &ct_float::FP8,
+    &ct_float::FP8_TENSOR,
     &ct_float::FP8_BLOCK,
     &ct_float::MXFP4,
     &ct_float::MXFP8,
@@ -78,6 +79,9 @@ pub struct Plan {
     pub assignment: Assignment,
     /// The weights that are encoded, in source order.
     pub weights: Vec<Weight>,
+    /// The weights that are surveyed together, before any of them can be encoded, as positions in
+    /// `weights`.
+    pub surveys: Vec<Vec<usize>>,
     /// The tensors shown, in source order, a weight's parts next to each other.
     pub items: Vec<Item>,
     /// Members that `config.json` gets, and which replace its own; none where nothing is quantized
@@ -94,6 +98,8 @@ pub struct Weight {
     pub tensor: TensorId,
     /// How it becomes codes.
     pub scheme: Scheme,
+    /// Position in [`Plan::surveys`], if the scheme needs one.
+    pub survey: Option<usize>,
 }
 
 /// One tensor that a view shows.
@@ -128,6 +134,11 @@ pub enum Content {
         /// Position in the scheme's parts.
         part: usize,
     },
+    /// The scalar that a survey of an encoded weight yields.
+    Scalar {
+        /// Position in [`Plan::weights`].
+        weight: usize,
+    },
 }
 
 impl Plan {
@@ -136,6 +147,7 @@ impl Plan {
         Self {
             assignment,
             weights: Vec::new(),
+            surveys: Vec::new(),
             items: Vec::with_capacity(tensors),
             config: Map::new(),
             framework: "pt",
@@ -150,11 +162,23 @@ impl Plan {
     /// Encodes a source tensor, and shows its parts by the suffixes given, in the scheme's order.
     fn encode(&mut self, id: TensorId, scheme: Scheme, suffixes: &[&'static str]) {
         let weight = self.weights.len();
-        self.weights.push(Weight { tensor: id, scheme });
+        let survey = scheme.is_surveyed().then(|| {
+            self.surveys.push(vec![weight]);
+            self.surveys.len() - 1
+        });
+        self.weights.push(Weight { tensor: id, scheme, survey });
         for (part, suffix) in suffixes.iter().enumerate() {
             let content = Content::Part { weight, part };
             self.items.push(Item { tensor: id, suffix: Some(suffix), content });
         }
+    }
+
+    /// Shows the scalar of the weight encoded last.
+    fn scalar(&mut self, suffix: &'static str) {
+        let weight = self.weights.len() - 1;
+        let tensor = self.weights[weight].tensor;
+        let content = Content::Scalar { weight };
+        self.items.push(Item { tensor, suffix: Some(suffix), content });
     }
 
     /// Declares the quantization, if there is any.
@@ -195,6 +219,11 @@ impl Plan {
                 let scheme = self.weights[*weight].scheme;
                 let part = scheme.parts(tensor.dtype, &tensor.shape).swap_remove(*part);
                 (part.dtype, part.shape.into())
+            }
+            Content::Scalar { weight } => {
+                let scalar = self.weights[*weight].scheme.scalar(tensor.dtype);
+                let scalar = scalar.expect("only surveyed weights have one");
+                (scalar.dtype, scalar.shape.into())
             }
         }
     }

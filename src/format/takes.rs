@@ -26,6 +26,8 @@ pub(super) struct Takes {
 pub(super) enum Grain {
     /// Groups of any size, and channels.
     Any,
+    /// All of a weight.
+    Tensor,
     /// All of a channel.
     Channel,
     /// Groups of these sizes.
@@ -57,6 +59,7 @@ impl Takes {
             };
             let (taken, has) = match self.grain {
                 Grain::Any => (asked != Granularity::Group(0), "at least one weight".to_owned()),
+                Grain::Tensor => (false, "a whole weight".to_owned()),
                 Grain::Channel => (asked == Granularity::Channel, "a whole channel".to_owned()),
                 Grain::Groups(sizes) => (among(sizes), format!("groups of {}", either(sizes))),
                 Grain::FlatBlocks(sizes) => (among(sizes), format!("blocks of {}", either(sizes))),

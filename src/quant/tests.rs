@@ -239,7 +239,7 @@ fn all_schemes(quality: Quality) -> Vec<IntScheme> {
     out
 }
 
-/// Encodes `rows` x `cols` elements chunk by chunk.
+/// Encodes `rows` x `cols` elements chunk by chunk: the parts, and the scalar if there is one.
 fn encode(
     scheme: impl Into<Scheme>,
     isa: Isa,
@@ -254,16 +254,22 @@ fn encode(
         scheme.parts(dtype, &shape).iter().map(|p| vec![0xaa; p.bytes() as usize]).collect();
     let grid = scheme.grid(dtype, &shape, source_bytes);
     let (_, width) = grid.view();
-    for k in 0..grid.chunks() {
+    let tile = |k| {
         let window = grid.window(k);
         let first = window.first_row * width + window.first_col;
         let first = first as usize * dtype.bitsize() / 8;
-        let tile = Tile {
+        Tile {
             data: Reals::new(dtype, &data.bytes()[first..]).expect("a float type"),
             rows: window.rows as usize,
             cols: window.cols as usize,
             stride: width as usize,
-        };
+        }
+    };
+    let mut survey = Survey::default();
+    if scheme.is_surveyed() {
+        (0..grid.chunks()).for_each(|k| scheme.survey(isa, &tile(k), &mut survey));
+    }
+    for k in 0..grid.chunks() {
         let mut out: Vec<_> = parts
             .iter_mut()
             .enumerate()
@@ -272,8 +278,9 @@ fn encode(
                 &mut part[range.start as usize..range.end as usize]
             })
             .collect();
-        scheme.encode(isa, &tile, &mut out);
+        scheme.encode(isa, &tile(k), &survey, &mut out);
     }
+    parts.extend(scheme.scalar(dtype).map(|_| scheme.scalar_bytes(dtype, &survey)));
     parts
 }
 
@@ -460,7 +467,7 @@ fn a_tile_skips_what_lies_between_its_rows() {
     let mut out: Vec<&mut [u8]> = parts.iter_mut().map(|p| &mut p[..]).collect();
     let end = ((rows - 1) * stride + cols) * 2;
     let tile = Tile { data: Reals::Bf16(&wide[..end]), rows, cols, stride };
-    Scheme::Int(scheme).encode(isa, &tile, &mut out);
+    Scheme::Int(scheme).encode(isa, &tile, &Survey::default(), &mut out);
     assert_eq!(parts, expected);
 }
 

@@ -8,6 +8,7 @@ mod buffers;
 mod cache;
 mod model;
 mod shard;
+mod survey;
 mod tree;
 mod walk;
 

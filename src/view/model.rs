@@ -6,10 +6,11 @@ use std::ops::Range;
 use super::buffers::{Buffer, Buffers};
 use super::cache::{Cache, ChunkKey};
 use super::shard::{Piece, VirtualShard};
+use super::survey::Surveys;
 use super::{Budget, Counters};
 use crate::error::Result;
 use crate::format::{Content, Format, Item, Plan, Weight, config};
-use crate::quant::{Isa, Reals, Tile};
+use crate::quant::{Grid, Isa, Reals, Survey, Tile};
 use crate::recipe::Request;
 use crate::source::{Checkpoint, SourceFiles, Window};
 
@@ -20,6 +21,7 @@ pub struct Model {
     format: &'static dyn Format,
     plan: Plan,
     shards: Vec<VirtualShard>,
+    surveys: Surveys,
     /// What `Model`'s weights count from in the view's cache.
     first_weight: u32,
 }
@@ -62,7 +64,8 @@ impl Model {
             };
             ids.into_iter().zip(checkpoint.shards()).map(lay_out).collect()
         };
-        Ok(Self { checkpoint, format, plan, shards, first_weight })
+        let surveys = Surveys::new(plan.surveys.len());
+        Ok(Self { checkpoint, format, plan, shards, surveys, first_weight })
     }
 
     /// The source.
@@ -175,6 +178,10 @@ impl Model {
                     Content::Part { weight, part } => {
                         self.read_part(engine, *weight, *part, range.start, out)?;
                     }
+                    Content::Scalar { weight } => {
+                        let bytes = self.scalar(engine, *weight)?;
+                        out.copy_from_slice(&bytes[range.start as usize..range.end as usize]);
+                    }
                 },
             }
         }
@@ -189,9 +196,7 @@ impl Model {
         offset: u64,
         out: &mut [u8],
     ) -> Result<()> {
-        let Weight { tensor, scheme } = self.plan.weights[weight];
-        let tensor = &self.checkpoint.catalog()[tensor];
-        let grid = scheme.grid(tensor.dtype, &tensor.shape, engine.budget.chunk);
+        let grid = self.grid(weight, engine.budget.chunk);
         let end = offset + out.len() as u64;
         let mut rest = out;
         for chunk in grid.chunk_at(part, offset)..=grid.chunk_at(part, end - 1) {
@@ -226,9 +231,7 @@ impl Model {
         let chunks = move |piece| match piece {
             Piece::Item(id, range) => match self.plan.items[id].content {
                 Content::Part { weight, part: 0 } => {
-                    let Weight { tensor, scheme } = self.plan.weights[weight];
-                    let tensor = &self.checkpoint.catalog()[tensor];
-                    let grid = scheme.grid(tensor.dtype, &tensor.shape, chunk_bytes);
+                    let grid = self.grid(weight, chunk_bytes);
                     let chunks = grid.chunk_at(0, range.start)..=grid.chunk_at(0, range.end - 1);
                     Some(chunks.map(move |chunk| (weight, chunk)))
                 }
@@ -241,14 +244,65 @@ impl Model {
 
     /// Encodes every part of one chunk in one pass over its source.
     fn encode(&self, engine: &Engine, weight: usize, chunk: u64) -> Result<Vec<Buffer>> {
-        let Weight { tensor: id, scheme } = self.plan.weights[weight];
-        let tensor = &self.checkpoint.catalog()[id];
-        let grid = scheme.grid(tensor.dtype, &tensor.shape, engine.budget.chunk);
+        let survey = self.survey(engine, weight)?;
+        let Weight { tensor, scheme, .. } = self.plan.weights[weight];
+        let tensor = &self.checkpoint.catalog()[tensor];
+        let grid = self.grid(weight, engine.budget.chunk);
         let parts = scheme.parts(tensor.dtype, &tensor.shape).len();
         let mut buffers: Vec<Buffer> = (0..parts)
             .map(|part| grid.range(part, chunk))
             .map(|range| engine.buffers.take((range.end - range.start) as usize))
             .collect();
+        self.with_tile(engine, weight, chunk, |tile| {
+            let mut out: Vec<&mut [u8]> =
+                buffers.iter_mut().map(|buffer| &mut buffer[..]).collect();
+            scheme.encode(engine.isa, tile, &survey, &mut out);
+        })?;
+        Ok(buffers)
+    }
+
+    /// What must be known of all of a weight before it can be encoded. The first to ask reads it,
+    /// and what shares its survey.
+    fn survey(&self, engine: &Engine, weight: usize) -> Result<Survey> {
+        let Some(id) = self.plan.weights[weight].survey else { return Ok(Survey::default()) };
+        self.surveys.get(id, || {
+            let mut survey = Survey::default();
+            for &member in &self.plan.surveys[id] {
+                let scheme = self.plan.weights[member].scheme;
+                for chunk in 0..self.grid(member, engine.budget.chunk).chunks() {
+                    self.with_tile(engine, member, chunk, |tile| {
+                        scheme.survey(engine.isa, tile, &mut survey);
+                    })?;
+                }
+            }
+            Ok(survey)
+        })
+    }
+
+    /// The bytes of a surveyed weight's scalar.
+    fn scalar(&self, engine: &Engine, weight: usize) -> Result<Vec<u8>> {
+        let survey = self.survey(engine, weight)?;
+        let Weight { tensor, scheme, .. } = self.plan.weights[weight];
+        Ok(scheme.scalar_bytes(self.checkpoint.catalog()[tensor].dtype, &survey))
+    }
+
+    fn grid(&self, weight: usize, chunk_bytes: u64) -> Grid {
+        let Weight { tensor, scheme, .. } = self.plan.weights[weight];
+        let tensor = &self.checkpoint.catalog()[tensor];
+        scheme.grid(tensor.dtype, &tensor.shape, chunk_bytes)
+    }
+
+    /// Calls `f` with the source of one chunk.
+    fn with_tile<T>(
+        &self,
+        engine: &Engine,
+        weight: usize,
+        chunk: u64,
+        f: impl FnOnce(&Tile<'_>) -> T,
+    ) -> Result<T> {
+        let id = self.plan.weights[weight].tensor;
+        let dtype = self.checkpoint.catalog()[id].dtype;
+        let grid = self.grid(weight, engine.budget.chunk);
         let (_, width) = grid.view();
         let place = grid.window(chunk);
         let window = Window {
@@ -258,20 +312,16 @@ impl Model {
             first_col: place.first_col,
             cols: place.cols,
         };
-        engine.counters.source.add(place.rows * place.cols * tensor.dtype.bitsize() as u64 / 8);
+        engine.counters.source.add(place.rows * place.cols * dtype.bitsize() as u64 / 8);
         self.checkpoint.with_window(&engine.files, id, window, |bytes| {
-            let data = Reals::new(tensor.dtype, bytes).expect("the scheme accepted the type");
-            let tile = Tile {
+            let data = Reals::new(dtype, bytes).expect("the scheme accepted the type");
+            f(&Tile {
                 data,
                 rows: place.rows as usize,
                 cols: place.cols as usize,
                 stride: width as usize,
-            };
-            let mut out: Vec<&mut [u8]> =
-                buffers.iter_mut().map(|buffer| &mut buffer[..]).collect();
-            scheme.encode(engine.isa, &tile, &mut out);
-        })?;
-        Ok(buffers)
+            })
+        })
     }
 
     fn key(&self, weight: usize, chunk: u64) -> ChunkKey {

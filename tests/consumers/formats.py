@@ -19,6 +19,7 @@ transformers.logging.disable_progress_bar()
 # The least distance in dB, by format.
 FORMATS = {
     "ct-fp8": 19,
+    "ct-fp8-tensor": 18,
     "ct-fp8-block": 19,
     "fp8-block": 20,
     "ct-mxfp4": 7,
