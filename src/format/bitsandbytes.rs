@@ -23,7 +23,7 @@
 use serde_json::{Value, json};
 
 use super::takes::{Grain, Takes};
-use super::{Format, Plan, skip};
+use super::{Format, Plan, Reader, by_layout, ran, skip};
 use crate::dtype::Dtype;
 use crate::error::Result;
 use crate::quant::{Codebook, CodebookScheme, Granularity, LlmInt8Scheme, Scheme, Storage};
@@ -74,18 +74,25 @@ impl Format for FourBit {
         self.about
     }
 
-    fn plan(&self, catalog: &Catalog, config: Option<&Value>, request: &Request) -> Result<Plan> {
-        let takes = Takes {
+    fn takes(&self) -> Takes {
+        Takes {
             bits: &[4],
-            grain: Grain::FlatBlocks(&[32, 64, 128, 256, 512, 1024, 2048, 4096]),
+            grain: Grain::FlatBlocks(&[64, 32, 128, 256, 512, 1024, 2048, 4096]),
             symmetry: Some(true),
             scale_format: false,
             storage: true,
-        };
+        }
+    }
+
+    fn readers(&self) -> &'static [Reader] {
+        const { &[TRANSFORMERS, by_layout("diffusers"), by_layout("vLLM")] }
+    }
+
+    fn plan(&self, catalog: &Catalog, config: Option<&Value>, request: &Request) -> Result<Plan> {
+        let takes = self.takes();
         takes.check(self.name, request)?;
-        let block_size = match request.granularity {
-            Some(Granularity::Group(size)) => size,
-            _ => 64,
+        let Granularity::Group(block_size) = takes.granularity(request) else {
+            unreachable!("blocks have a size")
         };
         let storage = request.storage.unwrap_or(Storage::U8);
         let (codebook, quality) = (self.codebook, request.quality);
@@ -133,15 +140,22 @@ impl Format for Int8 {
         "bitsandbytes LLM.int8, for transformers and diffusers"
     }
 
-    fn plan(&self, catalog: &Catalog, config: Option<&Value>, request: &Request) -> Result<Plan> {
-        let takes = Takes {
+    fn takes(&self) -> Takes {
+        Takes {
             bits: &[8],
             grain: Grain::Channel,
             symmetry: Some(true),
             scale_format: false,
             storage: false,
-        };
-        takes.check(self.name(), request)?;
+        }
+    }
+
+    fn readers(&self) -> &'static [Reader] {
+        const { &[TRANSFORMERS, by_layout("diffusers")] }
+    }
+
+    fn plan(&self, catalog: &Catalog, config: Option<&Value>, request: &Request) -> Result<Plan> {
+        self.takes().check(self.name(), request)?;
         let scheme = Scheme::LlmInt8(LlmInt8Scheme);
         let assignment = Assignment::new(catalog, config, request, scheme)?;
         let mut plan = Plan::new(assignment, catalog.tensors().len() * 3);
@@ -160,6 +174,9 @@ impl Format for Int8 {
         Ok(plan)
     }
 }
+
+const TRANSFORMERS: Reader =
+    ran("transformers", "5.23 + bitsandbytes 0.50.2, a Llama (`tests/consumers/formats.py`)");
 
 /// What all of bitsandbytes declares, as transformers writes it.
 fn declared(plan: &Plan, catalog: &Catalog) -> Value {

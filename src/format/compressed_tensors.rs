@@ -21,7 +21,7 @@
 use serde_json::{Value, json};
 
 use super::takes::{Grain, Takes};
-use super::{Format, Plan};
+use super::{Format, Plan, Reader, by_layout, ran};
 use crate::dtype::Dtype;
 use crate::error::Result;
 use crate::quant::{Granularity, IntScheme, Packing, Scheme};
@@ -45,18 +45,39 @@ impl Format for PackQuantized {
         "pack-quantized integers of 2 to 8 bits, weight-only, for transformers, vLLM and SGLang"
     }
 
-    fn plan(&self, catalog: &Catalog, config: Option<&Value>, request: &Request) -> Result<Plan> {
-        let takes = Takes {
-            bits: &[2, 3, 4, 5, 6, 7, 8],
-            grain: Grain::Any,
+    fn takes(&self) -> Takes {
+        Takes {
+            bits: &[4, 2, 3, 5, 6, 7, 8],
+            grain: Grain::Any(128),
             symmetry: None,
             scale_format: false,
             storage: false,
-        };
+        }
+    }
+
+    fn readers(&self) -> &'static [Reader] {
+        const {
+            &[
+                ran(
+                    "transformers",
+                    "5.23 + compressed-tensors 0.20.0, 51 architectures at 4 bits; 2, 3, 8 bits, channel, \
+                 asymmetric on some",
+                ),
+                ran(
+                    "vLLM",
+                    "0.32 (CPU, `scripts/vllm.sh`), 4 bits, group and channel, symmetric and asymmetric",
+                ),
+                by_layout("SGLang"),
+            ]
+        }
+    }
+
+    fn plan(&self, catalog: &Catalog, config: Option<&Value>, request: &Request) -> Result<Plan> {
+        let takes = self.takes();
         takes.check(self.name(), request)?;
         let scheme = IntScheme {
-            bits: request.bits.unwrap_or(4),
-            granularity: request.granularity.unwrap_or(Granularity::Group(128)),
+            bits: takes.bits(request),
+            granularity: takes.granularity(request),
             symmetric: request.symmetric.unwrap_or(true),
             packing: Packing::Packed32,
             quality: request.quality,
@@ -74,15 +95,30 @@ impl Format for IntQuantized {
         "int-quantized W8A8: 8-bit weights per channel, 8-bit activations, for transformers and vLLM"
     }
 
-    fn plan(&self, catalog: &Catalog, config: Option<&Value>, request: &Request) -> Result<Plan> {
-        let takes = Takes {
+    fn takes(&self) -> Takes {
+        Takes {
             bits: &[8],
             grain: Grain::Channel,
             symmetry: Some(true),
             scale_format: false,
             storage: false,
-        };
-        takes.check(self.name(), request)?;
+        }
+    }
+
+    fn readers(&self) -> &'static [Reader] {
+        const {
+            &[
+                ran(
+                    "transformers",
+                    "5.23 + compressed-tensors 0.20.0, a Llama, a Qwen3-MoE and a GPT-2",
+                ),
+                ran("vLLM", "0.32 (CPU, `scripts/vllm.sh`)"),
+            ]
+        }
+    }
+
+    fn plan(&self, catalog: &Catalog, config: Option<&Value>, request: &Request) -> Result<Plan> {
+        self.takes().check(self.name(), request)?;
         let scheme = IntScheme {
             bits: 8,
             granularity: Granularity::Channel,

@@ -23,7 +23,7 @@ use serde_json::{Value, json};
 
 use super::compressed_tensors::{declared, group};
 use super::takes::{Grain, Takes};
-use super::{Format, Plan};
+use super::{Format, Plan, Reader, by_layout, ran};
 use crate::error::Result;
 use crate::quant::{
     Fp8Grain, Fp8Scale, Fp8Scheme, MicroDialect, MicroFloat, MicroScheme, Quality, Scheme,
@@ -37,6 +37,7 @@ pub(super) struct CtFloat {
     name: &'static str,
     about: &'static str,
     takes: Takes,
+    readers: &'static [Reader],
     scheme: fn(Quality) -> Scheme,
     suffixes: &'static [&'static str],
     /// What follows the module in the name of the scalar, if the scheme has one.
@@ -54,6 +55,7 @@ pub(super) static FP8: CtFloat = CtFloat {
     name: "ct-fp8",
     about: "FP8 per channel, activations per token, for transformers, vLLM, SGLang and mistral.rs",
     takes: takes(8, Grain::Channel),
+    readers: &[TRANSFORMERS, by_layout("vLLM"), by_layout("SGLang"), by_layout("mistral.rs")],
     scheme: |_| fp8(Fp8Grain::Channel),
     suffixes: &["weight", "weight_scale"],
     scalar: None,
@@ -71,6 +73,7 @@ pub(super) static FP8_TENSOR: CtFloat = CtFloat {
     suffixes: &["weight"],
     scalar: Some("weight_scale"),
     format: "float-quantized",
+    readers: &[TRANSFORMERS, by_layout("vLLM"), by_layout("SGLang")],
     weights: || json!({ "strategy": "tensor" }),
     activations: || json!({ "num_bits": 8, "type": "float", "symmetric": true, "strategy": "tensor", "dynamic": true }),
 };
@@ -80,6 +83,7 @@ pub(super) static FP8_BLOCK: CtFloat = CtFloat {
     name: "ct-fp8-block",
     about: "FP8 per block of 128 x 128, for transformers, vLLM, SGLang and mistral.rs",
     takes: takes(8, Grain::Squares(128)),
+    readers: &[TRANSFORMERS, by_layout("vLLM"), by_layout("SGLang"), by_layout("mistral.rs")],
     scheme: |_| fp8(Fp8Grain::Block(128)),
     suffixes: &["weight", "weight_scale"],
     scalar: None,
@@ -102,6 +106,7 @@ pub(super) static MXFP4: CtFloat = CtFloat {
     name: "ct-mxfp4",
     about: "MXFP4, weight-only, for transformers and vLLM",
     takes: takes(4, Grain::Groups(&[32])),
+    readers: &[TRANSFORMERS, by_layout("vLLM")],
     scheme: |quality| micro(MicroFloat::E2m1, quality),
     suffixes: &["weight_packed", "weight_scale"],
     scalar: None,
@@ -115,6 +120,7 @@ pub(super) static MXFP8: CtFloat = CtFloat {
     name: "ct-mxfp8",
     about: "MXFP8, weight-only, for transformers and vLLM",
     takes: takes(8, Grain::Groups(&[32])),
+    readers: &[TRANSFORMERS, by_layout("vLLM")],
     scheme: |quality| micro(MicroFloat::E4m3, quality),
     suffixes: &["weight", "weight_scale"],
     scalar: None,
@@ -122,6 +128,9 @@ pub(super) static MXFP8: CtFloat = CtFloat {
     weights: of_32,
     activations: || Value::Null,
 };
+
+const TRANSFORMERS: Reader =
+    ran("transformers", "5.23 + compressed-tensors 0.20.0, a Llama (`tests/consumers/formats.py`)");
 
 const fn takes(bits: u8, grain: Grain) -> Takes {
     let bits: &[u8] = if bits == 4 { &[4] } else { &[8] };
@@ -147,6 +156,14 @@ impl Format for CtFloat {
 
     fn about(&self) -> &'static str {
         self.about
+    }
+
+    fn takes(&self) -> Takes {
+        self.takes
+    }
+
+    fn readers(&self) -> &'static [Reader] {
+        self.readers
     }
 
     fn plan(&self, catalog: &Catalog, config: Option<&Value>, request: &Request) -> Result<Plan> {

@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use super::{Format, Plan};
+use super::{Format, Grain, Plan, Reader, Takes, by_layout, ran};
 use crate::error::{self, Result};
 use crate::recipe::{Assignment, Request};
 use crate::source::Catalog;
@@ -18,6 +18,24 @@ impl Format for Dense {
 
     fn about(&self) -> &'static str {
         "the source as it is, for every loader"
+    }
+
+    fn takes(&self) -> Takes {
+        Takes { bits: &[], grain: Grain::None, symmetry: None, scale_format: false, storage: false }
+    }
+
+    fn readers(&self) -> &'static [Reader] {
+        const {
+            &[
+                ran("safetensors", "(`tests/loaders.rs`)"),
+                by_layout("transformers"),
+                by_layout("diffusers"),
+                by_layout("vLLM"),
+                by_layout("SGLang"),
+                by_layout("mistral.rs"),
+                by_layout("mlx-lm"),
+            ]
+        }
     }
 
     fn plan(&self, catalog: &Catalog, _: Option<&Value>, request: &Request) -> Result<Plan> {

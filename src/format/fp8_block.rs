@@ -14,7 +14,7 @@
 use serde_json::{Value, json};
 
 use super::takes::{Grain, Takes};
-use super::{Format, Plan, skip};
+use super::{Format, Plan, Reader, by_layout, ran, skip};
 use crate::error::Result;
 use crate::quant::{Fp8Grain, Fp8Scale, Fp8Scheme, Scheme};
 use crate::recipe::{Assignment, Decision, Request, ScaleFormat};
@@ -33,15 +33,29 @@ impl Format for Fp8Block {
         "FP8 per block of 128 x 128 as in DeepSeek-V3, for transformers, vLLM, SGLang and mistral.rs"
     }
 
-    fn plan(&self, catalog: &Catalog, config: Option<&Value>, request: &Request) -> Result<Plan> {
-        let takes = Takes {
+    fn takes(&self) -> Takes {
+        Takes {
             bits: &[8],
             grain: Grain::Squares(128),
             symmetry: Some(true),
             scale_format: true,
             storage: false,
-        };
-        takes.check(self.name(), request)?;
+        }
+    }
+
+    fn readers(&self) -> &'static [Reader] {
+        const {
+            &[
+                ran("transformers", "5.23, a Llama (`tests/consumers/formats.py`)"),
+                by_layout("vLLM"),
+                by_layout("SGLang"),
+                by_layout("mistral.rs"),
+            ]
+        }
+    }
+
+    fn plan(&self, catalog: &Catalog, config: Option<&Value>, request: &Request) -> Result<Plan> {
+        self.takes().check(self.name(), request)?;
         let (scale, scale_fmt) = match request.scale_format {
             None | Some(ScaleFormat::F32) => (Fp8Scale::Inverse, "float"),
             Some(ScaleFormat::Ue8m0) => (Fp8Scale::Power, "ue8m0"),

@@ -19,7 +19,7 @@
 use serde_json::{Value, json};
 
 use super::takes::{Grain, Takes};
-use super::{Format, Plan};
+use super::{Format, Plan, Reader, ran};
 use crate::error::Result;
 use crate::quant::{
     AffineScheme, Granularity, MicroDialect, MicroFloat, MicroScheme, Quality, Scheme,
@@ -34,9 +34,6 @@ pub(super) struct Mlx {
     about: &'static str,
     mode: &'static str,
     takes: Takes,
-    /// The format's default, and only, bits and group where it has no choice.
-    bits: u8,
-    group_size: u32,
     scheme: fn(u8, u32, Quality) -> Scheme,
 }
 
@@ -45,9 +42,7 @@ pub(super) static AFFINE: Mlx = Mlx {
     name: "mlx",
     about: "affine integers of 2, 3, 4, 5, 6 or 8 bits, for mlx-lm",
     mode: "affine",
-    takes: takes(&[2, 3, 4, 5, 6, 8], &[32, 64, 128], Some(false)),
-    bits: 4,
-    group_size: 64,
+    takes: takes(&[4, 2, 3, 5, 6, 8], &[64, 32, 128], Some(false)),
     scheme: |bits, group_size, quality| Scheme::Affine(AffineScheme { bits, group_size, quality }),
 };
 
@@ -57,8 +52,6 @@ pub(super) static MXFP4: Mlx = Mlx {
     about: "MXFP4, for mlx-lm",
     mode: "mxfp4",
     takes: takes(&[4], &[32], Some(true)),
-    bits: 4,
-    group_size: 32,
     scheme: |_, _, quality| micro(MicroFloat::E2m1, MicroDialect::MlxPower, quality),
 };
 
@@ -68,8 +61,6 @@ pub(super) static MXFP8: Mlx = Mlx {
     about: "MXFP8, for mlx-lm",
     mode: "mxfp8",
     takes: takes(&[8], &[32], Some(true)),
-    bits: 8,
-    group_size: 32,
     scheme: |_, _, quality| micro(MicroFloat::E4m3, MicroDialect::MlxPower, quality),
 };
 
@@ -79,8 +70,6 @@ pub(super) static NVFP4: Mlx = Mlx {
     about: "NVFP4 without a global scale, for mlx-lm",
     mode: "nvfp4",
     takes: takes(&[4], &[16], Some(true)),
-    bits: 4,
-    group_size: 16,
     scheme: |_, _, quality| micro(MicroFloat::E2m1, MicroDialect::MlxE4m3, quality),
 };
 
@@ -102,12 +91,19 @@ impl Format for Mlx {
         self.about
     }
 
+    fn takes(&self) -> Takes {
+        self.takes
+    }
+
+    fn readers(&self) -> &'static [Reader] {
+        const { &[ran("mlx-lm", "0.32.2, a Llama (`tests/consumers/mlx_formats.py`)")] }
+    }
+
     fn plan(&self, catalog: &Catalog, config: Option<&Value>, request: &Request) -> Result<Plan> {
         self.takes.check(self.name, request)?;
-        let bits = request.bits.unwrap_or(self.bits);
-        let group_size = match request.granularity {
-            Some(Granularity::Group(size)) => size,
-            _ => self.group_size,
+        let bits = self.takes.bits(request);
+        let Granularity::Group(group_size) = self.takes.granularity(request) else {
+            unreachable!("MLX has groups")
         };
         let scheme = (self.scheme)(bits, group_size, request.quality);
         let assignment = Assignment::with_ends(catalog, config, request, scheme)?;

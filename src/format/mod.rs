@@ -24,6 +24,7 @@ use crate::error::{self, Result};
 use crate::quant::Scheme;
 use crate::recipe::{Assignment, Request, module_of};
 use crate::source::{Catalog, TensorId};
+pub use takes::{Grain, Takes, ranges};
 
 /// One way of writing down a quantized checkpoint.
 pub trait Format: Debug + Sync {
@@ -33,12 +34,38 @@ pub trait Format: Debug + Sync {
     /// One line: what it is, and who reads it.
     fn about(&self) -> &'static str;
 
+    /// What of a request it takes, and its defaults.
+    fn takes(&self) -> Takes;
+
+    /// The loaders that read it, and how that is known.
+    fn readers(&self) -> &'static [Reader];
+
     /// What every shard shows of a checkpoint, given its catalog and the value of its
     /// `config.json`, if it has one.
     ///
     /// # Errors
     /// `Invalid` for a request that the format can't express.
     fn plan(&self, catalog: &Catalog, config: Option<&Value>, request: &Request) -> Result<Plan>;
+}
+
+/// A loader that reads a format, and how that is known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Reader {
+    /// The loader's name, as documentation spells it.
+    pub loader: &'static str,
+    /// The versions that were run on mounts, and on which models; `None` where what the format shows
+    /// was only compared with what the loader's code reads.
+    pub ran: Option<&'static str>,
+}
+
+/// A loader that was run.
+const fn ran(loader: &'static str, what: &'static str) -> Reader {
+    Reader { loader, ran: Some(what) }
+}
+
+/// A loader that was not.
+const fn by_layout(loader: &'static str) -> Reader {
+    Reader { loader, ran: None }
 }
 
 /// Every format, in the order in which they are listed to users.

@@ -1,31 +1,33 @@
 //! What of a request a format takes; the rest is refused by name.
 
-use std::fmt::Display;
+use std::fmt;
 
 use crate::error::{self, Result};
 use crate::quant::Granularity;
 use crate::recipe::Request;
 
-/// What of a request a format takes.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Takes {
-    /// Numbers of bits.
-    pub(super) bits: &'static [u8],
+/// What of a request a format takes. The first of a list is the default.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Takes {
+    /// Numbers of bits; none where nothing is quantized.
+    pub bits: &'static [u8],
     /// Which weights may share a scale.
-    pub(super) grain: Grain,
-    /// Whether codes can be centred on zero, not centred, or either.
-    pub(super) symmetry: Option<bool>,
+    pub grain: Grain,
+    /// Whether codes can be centred on zero, not centred, or either, symmetric by default.
+    pub symmetry: Option<bool>,
     /// Whether scales have formats to choose from.
-    pub(super) scale_format: bool,
+    pub scale_format: bool,
     /// Whether codes have storage types to choose from.
-    pub(super) storage: bool,
+    pub storage: bool,
 }
 
-/// Which weights may share a scale.
-#[derive(Clone, Copy, Debug)]
-pub(super) enum Grain {
-    /// Groups of any size, and channels.
-    Any,
+/// Which weights may share a scale. It prints as documentation spells it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Grain {
+    /// There are no scales.
+    None,
+    /// Groups of any size, by default this, and channels.
+    Any(u32),
     /// All of a weight.
     Tensor,
     /// All of a channel.
@@ -39,6 +41,20 @@ pub(super) enum Grain {
 }
 
 impl Takes {
+    /// The bits asked for, or the default.
+    pub(super) fn bits(&self, request: &Request) -> u8 {
+        request.bits.unwrap_or(self.bits[0])
+    }
+
+    /// The group asked for, or the default.
+    pub(super) fn granularity(&self, request: &Request) -> Granularity {
+        request.granularity.unwrap_or(match self.grain {
+            Grain::Any(size) | Grain::Squares(size) => Granularity::Group(size),
+            Grain::Groups(sizes) | Grain::FlatBlocks(sizes) => Granularity::Group(sizes[0]),
+            Grain::Tensor | Grain::Channel | Grain::None => Granularity::Channel,
+        })
+    }
+
     /// Refuses what the format named does not take.
     ///
     /// # Errors
@@ -46,6 +62,9 @@ impl Takes {
     pub(super) fn check(&self, format: &str, request: &Request) -> Result<()> {
         let refuse = |text: String| Err(error::invalid(format!("{format} {text}")));
         if let Some(bits) = request.bits.filter(|bits| !self.bits.contains(bits)) {
+            if self.bits.is_empty() {
+                return refuse("quantizes nothing: it takes no --bits".to_owned());
+            }
             return refuse(format!("has {} bits, not {bits}", either(self.bits)));
         }
         if let Some(asked) = request.granularity {
@@ -58,7 +77,8 @@ impl Takes {
                 Granularity::Channel => false,
             };
             let (taken, has) = match self.grain {
-                Grain::Any => (asked != Granularity::Group(0), "at least one weight".to_owned()),
+                Grain::None => (false, "nothing".to_owned()),
+                Grain::Any(_) => (asked != Granularity::Group(0), "at least one weight".to_owned()),
                 Grain::Tensor => (false, "a whole weight".to_owned()),
                 Grain::Channel => (asked == Granularity::Channel, "a whole channel".to_owned()),
                 Grain::Groups(sizes) => (among(sizes), format!("groups of {}", either(sizes))),
@@ -84,8 +104,42 @@ impl Takes {
     }
 }
 
-/// As `2, 3 or 4`.
-fn either(choices: &[impl Display]) -> String {
+impl fmt::Display for Grain {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::None => Ok(()),
+            Self::Any(default) => write!(f, "group (default {default}), channel"),
+            Self::Tensor => f.write_str("tensor"),
+            Self::Channel => f.write_str("channel"),
+            Self::Groups(sizes) => write!(f, "group of {}", ranges(sizes)),
+            Self::FlatBlocks(sizes) => write!(f, "flat block of {}", ranges(sizes)),
+            Self::Squares(side) => write!(f, "{side} × {side}"),
+        }
+    }
+}
+
+/// Choices in rising order, the default named where there is one to be made: `2–6, 8 (default 4)`.
+pub fn ranges<T: Copy + Ord + Into<u64>>(choices: &[T]) -> String {
+    let mut sorted: Vec<u64> = choices.iter().map(|choice| (*choice).into()).collect();
+    sorted.sort_unstable();
+    let mut texts = Vec::new();
+    for run in sorted.chunk_by(|a, b| a + 1 == *b) {
+        match *run {
+            [first, _, .., last] => texts.push(format!("{first}–{last}")),
+            _ => texts.extend(run.iter().map(u64::to_string)),
+        }
+    }
+    let default = match *choices {
+        [first, _, ..] => format!(" (default {})", first.into()),
+        _ => String::new(),
+    };
+    texts.join(", ") + &default
+}
+
+/// As `2, 3 or 4`, in rising order.
+fn either<T: Copy + Ord + fmt::Display>(choices: &[T]) -> String {
+    let mut choices = choices.to_vec();
+    choices.sort_unstable();
     let texts: Vec<String> = choices.iter().map(ToString::to_string).collect();
     match texts.split_last() {
         Some((last, rest)) if !rest.is_empty() => format!("{} or {last}", rest.join(", ")),
@@ -101,8 +155,8 @@ mod tests {
     #[test]
     fn refuses_by_name_what_a_format_does_not_have() {
         let takes = Takes {
-            bits: &[2, 3, 8],
-            grain: Grain::Groups(&[32, 64]),
+            bits: &[3, 2, 8],
+            grain: Grain::Groups(&[64, 32]),
             symmetry: Some(false),
             scale_format: false,
             storage: true,
@@ -131,6 +185,20 @@ mod tests {
         for (request, complaint) in cases {
             let result = takes.check("x", &request).map_err(|error| error.to_string());
             assert_eq!(result.err().as_deref(), complaint, "{request:?}");
+        }
+    }
+
+    #[test]
+    fn choices_are_printed_as_ranges_with_their_default() {
+        let cases: [(&[u8], &str); 5] = [
+            (&[], ""),
+            (&[8], "8"),
+            (&[4, 8], "4, 8 (default 4)"),
+            (&[4, 2, 3, 5, 6, 8], "2–6, 8 (default 4)"),
+            (&[4, 3, 8], "3, 4, 8 (default 4)"),
+        ];
+        for (choices, expected) in cases {
+            assert_eq!(ranges(choices), expected);
         }
     }
 }
