@@ -9,10 +9,10 @@ use super::shard::{Piece, VirtualShard};
 use super::survey::Surveys;
 use super::{Budget, Counters};
 use crate::error::Result;
-use crate::format::{Content, Format, Item, Plan, Weight, config};
+use crate::format::{Content, Edit, Format, Item, Plan, Weight, config};
 use crate::quant::{Grid, Isa, Reals, Survey, Tile};
 use crate::recipe::Request;
-use crate::source::{Checkpoint, SourceFiles, Window};
+use crate::source::{Checkpoint, SourceFiles, Tensor, TensorId, Window};
 
 /// A checkpoint and what a format makes of it.
 #[derive(Debug)]
@@ -144,8 +144,14 @@ impl Model {
 
     /// `config.json` with the quantization declared, where there is one and it changes.
     pub(super) fn config_text(&self) -> Option<Vec<u8>> {
-        let source = self.checkpoint.config().filter(|_| !self.plan.config.is_empty())?;
-        Some(config::edited(&source.text, &[], &self.plan.config).into_bytes())
+        let Plan { config, nested, .. } = &self.plan;
+        let changes = !config.is_empty() || !nested.is_empty();
+        let source = self.checkpoint.config().filter(|_| changes)?;
+        let text = config::edited(&source.text, &[], config);
+        let edit = |text: String, (member, edit): &(String, Edit)| {
+            config::edited_within(&text, member, edit)
+        };
+        Some(nested.iter().fold(text, edit).into_bytes())
     }
 
     /// Fills `buf` from `offset` of a virtual shard; the range lies within it.
@@ -245,32 +251,33 @@ impl Model {
     /// Encodes every part of one chunk in one pass over its source.
     fn encode(&self, engine: &Engine, weight: usize, chunk: u64) -> Result<Vec<Buffer>> {
         let survey = self.survey(engine, weight)?;
-        let Weight { tensor, scheme, .. } = self.plan.weights[weight];
-        let tensor = &self.checkpoint.catalog()[tensor];
         let grid = self.grid(weight, engine.budget.chunk);
-        let parts = scheme.parts(tensor.dtype, &tensor.shape).len();
+        let weight = self.plan.weights[weight];
+        let parts = weight.parts(&self.checkpoint.catalog()[weight.tensor]).len();
         let mut buffers: Vec<Buffer> = (0..parts)
             .map(|part| grid.range(part, chunk))
             .map(|range| engine.buffers.take((range.end - range.start) as usize))
             .collect();
-        self.with_tile(engine, weight, chunk, |tile| {
+        self.with_tile(engine, weight.tensor, &grid, chunk, |tile| {
             let mut out: Vec<&mut [u8]> =
                 buffers.iter_mut().map(|buffer| &mut buffer[..]).collect();
-            scheme.encode(engine.isa, tile, &survey, &mut out);
+            weight.encode(engine.isa, tile, &survey, &mut out);
         })?;
         Ok(buffers)
     }
 
     /// What must be known of all of a weight before it can be encoded. The first to ask reads it,
-    /// and what shares its survey.
+    /// and whatever shares its survey.
     fn survey(&self, engine: &Engine, weight: usize) -> Result<Survey> {
-        let Some(id) = self.plan.weights[weight].survey else { return Ok(Survey::default()) };
+        let Weight { scheme, survey, .. } = self.plan.weights[weight];
+        let Some(id) = survey else { return Ok(Survey::default()) };
         self.surveys.get(id, || {
             let mut survey = Survey::default();
-            for &member in &self.plan.surveys[id] {
-                let scheme = self.plan.weights[member].scheme;
-                for chunk in 0..self.grid(member, engine.budget.chunk).chunks() {
-                    self.with_tile(engine, member, chunk, |tile| {
+            for &tensor in &self.plan.surveys[id] {
+                let Tensor { dtype, shape, .. } = &self.checkpoint.catalog()[tensor];
+                let grid = scheme.grid(*dtype, shape, engine.budget.chunk);
+                for chunk in 0..grid.chunks() {
+                    self.with_tile(engine, tensor, &grid, chunk, |tile| {
                         scheme.survey(engine.isa, tile, &mut survey);
                     })?;
                 }
@@ -287,22 +294,20 @@ impl Model {
     }
 
     fn grid(&self, weight: usize, chunk_bytes: u64) -> Grid {
-        let Weight { tensor, scheme, .. } = self.plan.weights[weight];
-        let tensor = &self.checkpoint.catalog()[tensor];
-        scheme.grid(tensor.dtype, &tensor.shape, chunk_bytes)
+        let weight = &self.plan.weights[weight];
+        weight.grid(&self.checkpoint.catalog()[weight.tensor], chunk_bytes)
     }
 
     /// Calls `f` with the source of one chunk.
     fn with_tile<T>(
         &self,
         engine: &Engine,
-        weight: usize,
+        tensor: TensorId,
+        grid: &Grid,
         chunk: u64,
         f: impl FnOnce(&Tile<'_>) -> T,
     ) -> Result<T> {
-        let id = self.plan.weights[weight].tensor;
-        let dtype = self.checkpoint.catalog()[id].dtype;
-        let grid = self.grid(weight, engine.budget.chunk);
+        let dtype = self.checkpoint.catalog()[tensor].dtype;
         let (_, width) = grid.view();
         let place = grid.window(chunk);
         let window = Window {
@@ -313,7 +318,7 @@ impl Model {
             cols: place.cols,
         };
         engine.counters.source.add(place.rows * place.cols * dtype.bitsize() as u64 / 8);
-        self.checkpoint.with_window(&engine.files, id, window, |bytes| {
+        self.checkpoint.with_window(&engine.files, tensor, window, |bytes| {
             let data = Reals::new(dtype, bytes).expect("the scheme accepted the type");
             f(&Tile {
                 data,
