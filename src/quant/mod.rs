@@ -22,6 +22,7 @@ mod pack;
 mod search;
 mod shape;
 mod simulate;
+mod spoilt;
 mod survey;
 #[cfg(test)]
 mod tests;
