@@ -11,6 +11,7 @@ mod model;
 mod portions;
 mod shard;
 mod spoilt;
+mod survey;
 mod tree;
 mod walk;
 
