@@ -71,11 +71,11 @@ fn request(name: &str) -> Request {
         };
     }
     if let Some(rest) = name.strip_prefix("gptq-") {
-        let (format, rest) = match rest.strip_prefix("v2-") {
-            Some(rest) => ("gptq-v2", rest),
-            None => ("gptq", rest),
-        };
-        let (bits, symmetry) = rest.split_once("b-g128-").expect("bits and symmetry");
+        let second = rest.strip_prefix("v2-");
+        let (bits, symmetry) =
+            second.unwrap_or(rest).split_once("b-g128-").expect("bits and symmetry");
+        // gptqmodel writes what is asymmetric in the second version alone.
+        let format = if second.is_some() || symmetry == "asym" { "gptq-v2" } else { "gptq" };
         return Request {
             bits: Some(number(bits) as u8),
             symmetric: Some(symmetry == "sym"),

@@ -179,7 +179,7 @@ fn modules_in_block(plan: &Plan, catalog: &Catalog) -> Option<Value> {
     let ends: BTreeSet<&str> = modules(false).filter_map(inside_block).collect();
     let kept_ends: BTreeSet<&str> = kept.iter().filter_map(|module| inside_block(module)).collect();
     let catches = |end: &&str| kept_ends.iter().any(|kept| kept.contains(*end));
-    let listed: Vec<&str> = if ends.iter().any(|end| catches(end)) {
+    let listed: Vec<&str> = if ends.iter().any(catches) {
         modules(false).collect()
     } else {
         ends.into_iter().collect()

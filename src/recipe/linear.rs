@@ -814,7 +814,7 @@ mod tests {
                     "layers.0.mlp.experts.gate_up_proj",
                     &[8, 128, 256],
                     0,
-                    Kind::Other(Reason::NotAMatrix),
+                    Kind::Other(Reason::FusedExperts),
                 ),
             ],
         );

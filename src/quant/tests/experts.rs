@@ -55,7 +55,7 @@ fn chunked(scheme: Scheme, isa: Isa, data: Reals<'_>, source_bytes: u64) -> Vec<
     let parts = scheme.parts(dtype, &SHAPE);
     let parts = parts.iter().map(|part| vec![0xaa; part.bytes() as usize]).collect();
     let grid = scheme.grid(dtype, &SHAPE, source_bytes);
-    encode_on(&grid, data, parts, |tile, out| scheme.encode(isa, tile, out))
+    encode_on(&grid, data, parts, |tile, out| scheme.encode(isa, tile, &Survey::default(), out))
 }
 
 /// What the parts of all experts decode to.
