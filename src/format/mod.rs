@@ -6,7 +6,6 @@
 
 mod bitsandbytes;
 mod compressed_tensors;
-pub(crate) mod config;
 mod ct_float;
 mod dense;
 mod fp8_block;

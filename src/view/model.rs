@@ -8,10 +8,10 @@ use super::cache::{Cache, ChunkKey};
 use super::shard::{Piece, VirtualShard};
 use super::{Budget, Counters};
 use crate::error::Result;
-use crate::format::{Content, Format, Item, Plan, Weight, config};
+use crate::format::{Content, Format, Item, Plan, Weight};
 use crate::quant::{Isa, Reals, Tile};
 use crate::recipe::Request;
-use crate::source::{Checkpoint, SourceFiles, Window};
+use crate::source::{Checkpoint, SourceFiles, Window, edited};
 
 /// A checkpoint and what a format makes of it.
 #[derive(Debug)]
@@ -141,8 +141,9 @@ impl Model {
 
     /// `config.json` with the quantization declared, where there is one and it changes.
     pub(super) fn config_text(&self) -> Option<Vec<u8>> {
-        let source = self.checkpoint.config().filter(|_| !self.plan.config.is_empty())?;
-        Some(config::edited(&source.text, &[], &self.plan.config).into_bytes())
+        let changes = self.checkpoint.is_decoded() || !self.plan.config.is_empty();
+        let source = self.checkpoint.config().filter(|_| changes)?;
+        Some(edited(&source.text, &[], &self.plan.config).into_bytes())
     }
 
     /// Fills `buf` from `offset` of a virtual shard; the range lies within it.
@@ -258,15 +259,10 @@ impl Model {
             first_col: place.first_col,
             cols: place.cols,
         };
-        engine.counters.source.add(place.rows * place.cols * tensor.dtype.bitsize() as u64 / 8);
-        self.checkpoint.with_window(&engine.files, id, window, |bytes| {
+        engine.counters.source.add(self.checkpoint.window_len(id, &window));
+        self.checkpoint.with_window(&engine.files, id, window, |bytes, stride| {
             let data = Reals::new(tensor.dtype, bytes).expect("the scheme accepted the type");
-            let tile = Tile {
-                data,
-                rows: place.rows as usize,
-                cols: place.cols as usize,
-                stride: width as usize,
-            };
+            let tile = Tile { data, rows: place.rows as usize, cols: place.cols as usize, stride };
             let mut out: Vec<&mut [u8]> =
                 buffers.iter_mut().map(|buffer| &mut buffer[..]).collect();
             scheme.encode(engine.isa, &tile, &mut out);
