@@ -20,9 +20,9 @@ use serde_json::{Map, Value};
 
 use crate::dtype::{self, Dtype};
 use crate::error::{self, Result};
-use crate::quant::Scheme;
+use crate::quant::{CastScheme, Grid, Isa, Part, Real, Scheme, Tile};
 use crate::recipe::{Assignment, Request, module_of};
-use crate::source::{Catalog, TensorId};
+use crate::source::{Catalog, Edit, Tensor, TensorId};
 pub use takes::{Grain, Takes, ranges};
 
 /// One way of writing down a quantized checkpoint.
@@ -102,13 +102,16 @@ pub fn find(name: &str) -> Result<&'static dyn Format> {
 pub struct Plan {
     /// What happens to every tensor.
     pub assignment: Assignment,
-    /// The weights that are encoded, in source order.
+    /// The weights that are encoded, in source order, and then whatever else is not stored as it is
+    /// shown.
     pub weights: Vec<Weight>,
     /// The tensors shown, in source order, a weight's parts next to each other.
     pub items: Vec<Item>,
     /// Members that `config.json` gets, and which replace its own; none where nothing is quantized
     /// and it stays as it is.
     pub config: Map<String, Value>,
+    /// What changes within objects that are members of `config.json`.
+    pub nested: Vec<(String, Edit)>,
     /// The `format` of every shard's metadata.
     pub framework: &'static str,
 }
@@ -120,6 +123,36 @@ pub struct Weight {
     pub tensor: TensorId,
     /// How it becomes codes.
     pub scheme: Scheme,
+    /// The element type of the numbers that it is decoded to again, where those are shown instead
+    /// of its codes.
+    pub decoded: Option<Real>,
+}
+
+impl Weight {
+    /// The tensors that it becomes.
+    pub fn parts(&self, tensor: &Tensor) -> Vec<Part> {
+        match self.decoded {
+            None => self.scheme.parts(tensor.dtype, &tensor.shape),
+            Some(to) => vec![self.scheme.decoded_part(&tensor.shape, to)],
+        }
+    }
+
+    /// How it is cut into chunks of about `source_bytes`.
+    pub fn grid(&self, tensor: &Tensor, source_bytes: u64) -> Grid {
+        let (dtype, shape) = (tensor.dtype, &tensor.shape);
+        match self.decoded {
+            None => self.scheme.grid(dtype, shape, source_bytes),
+            Some(to) => self.scheme.decoded_grid(dtype, shape, to, source_bytes),
+        }
+    }
+
+    /// Encodes the window of one chunk of [`grid`](Self::grid), all parts in one pass.
+    pub fn encode(&self, isa: Isa, tile: &Tile<'_>, out: &mut [&mut [u8]]) {
+        match self.decoded {
+            None => self.scheme.encode(isa, tile, out),
+            Some(to) => self.scheme.encode_decoded(isa, tile, to, out[0]),
+        }
+    }
 }
 
 /// One tensor that a view shows.
@@ -164,6 +197,7 @@ impl Plan {
             weights: Vec::new(),
             items: Vec::with_capacity(tensors),
             config: Map::new(),
+            nested: Vec::new(),
             framework: "pt",
         }
     }
@@ -176,10 +210,37 @@ impl Plan {
     /// Encodes a source tensor, and shows its parts by the suffixes given, in the scheme's order.
     fn encode(&mut self, id: TensorId, scheme: Scheme, suffixes: &[&'static str]) {
         let weight = self.weights.len();
-        self.weights.push(Weight { tensor: id, scheme });
+        self.weights.push(Weight { tensor: id, scheme, decoded: None });
         for (part, suffix) in suffixes.iter().enumerate() {
             let content = Content::Part { weight, part };
             self.items.push(Item { tensor: id, suffix: Some(suffix), content });
+        }
+    }
+
+    /// Shows a source tensor with elements of type `to`.
+    fn cast(&mut self, id: TensorId, to: Real) {
+        let scheme = Scheme::Cast(CastScheme { to });
+        self.show(Weight { tensor: id, scheme, decoded: None });
+    }
+
+    /// Shows a weight of one part by the source tensor's own name.
+    fn show(&mut self, weight: Weight) {
+        let content = Content::Part { weight: self.weights.len(), part: 0 };
+        self.items.push(Item { tensor: weight.tensor, suffix: None, content });
+        self.weights.push(weight);
+    }
+
+    /// Has every kept tensor that is stored quantized shown as the numbers that it stands for.
+    pub(crate) fn decode_kept(&mut self, catalog: &Catalog) {
+        for item in self.items.iter_mut().filter(|item| item.content == Content::Source) {
+            let tensor = &catalog[item.tensor];
+            if tensor.is_plain() || tensor.shape.contains(&0) {
+                continue;
+            }
+            let to = Real::new(tensor.dtype).expect("what is decoded are reals");
+            let scheme = Scheme::Cast(CastScheme { to });
+            item.content = Content::Part { weight: self.weights.len(), part: 0 };
+            self.weights.push(Weight { tensor: item.tensor, scheme, decoded: None });
         }
     }
 
@@ -218,8 +279,7 @@ impl Plan {
             Content::Source => (tensor.dtype, tensor.shape.as_slice().into()),
             Content::Inline { dtype, shape, .. } => (*dtype, (&**shape).into()),
             Content::Part { weight, part } => {
-                let scheme = self.weights[*weight].scheme;
-                let part = scheme.parts(tensor.dtype, &tensor.shape).swap_remove(*part);
+                let part = self.weights[*weight].parts(tensor).swap_remove(*part);
                 (part.dtype, part.shape.into())
             }
         }

@@ -51,20 +51,19 @@ impl Config {
     /// # Errors
     /// None, as what is left of a config parses.
     pub(super) fn without_quantization(&self) -> Result<Self> {
-        let none = Map::new();
-        let text = edited(&self.text, &DECLARATIONS, &none);
-        let (open, members, close) = members(&text);
-        let members: Vec<String> = members
-            .into_iter()
-            .map(|(key, span)| match self.value.get(&key) {
-                Some(Value::Object(_)) if NESTED.contains(&key.as_str()) => {
-                    edited(&text[span], &DECLARATIONS, &none)
-                }
-                _ => text[span].to_owned(),
-            })
-            .collect();
-        Self::parse(format!("{}{}{}", &text[..=open], members.join(","), &text[close..]))
+        let edit = Edit { remove: DECLARATIONS.to_vec(), set: Map::new() };
+        let text = edited(&self.text, &edit.remove, &edit.set);
+        Self::parse(NESTED.iter().fold(text, |text, member| edited_within(&text, member, &edit)))
     }
+}
+
+/// A change of a JSON object.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Edit {
+    /// Members to be removed.
+    pub remove: Vec<&'static str>,
+    /// Members that are added, or replace others.
+    pub set: Map<String, Value>,
 }
 
 /// JSON as Python writes it, with `NaN`, `Infinity` and `-Infinity` outside of strings made `null`.
@@ -125,6 +124,20 @@ pub(crate) fn edited(text: &str, remove: &[&str], append: &Map<String, Value>) -
     out
 }
 
+/// The same for an object that is a member of the text's, where it is one.
+pub(crate) fn edited_within(text: &str, member: &str, edit: &Edit) -> String {
+    let (_, members, _) = members(text);
+    let Some((_, span)) = members.into_iter().find(|(key, _)| key == member) else {
+        return text.to_owned();
+    };
+    let Some(brace) = text[span.clone()].find('{') else { return text.to_owned() };
+    let start = span.start + brace;
+    let value = text[start..span.end].trim_end();
+    let value = edited(value, &edit.remove, &edit.set);
+    let rest = text[start..span.end].trim_end().len() + start;
+    format!("{}{value}{}", &text[..start], &text[rest..])
+}
+
 type Member = (String, std::ops::Range<usize>);
 
 /// The positions of a JSON object's braces, and its members with the white space around them.
@@ -177,6 +190,26 @@ mod tests {
     fn check(text: &str, remove: &[&str], append: Value, expected: &str) {
         let append = append.as_object().expect("an object").clone();
         assert_eq!(edited(text, remove, &append), expected);
+    }
+
+    #[test]
+    fn a_nested_object_is_edited_in_place() {
+        let edit = |remove: &[&'static str], set: Value| Edit {
+            remove: remove.to_vec(),
+            set: set.as_object().expect("an object").clone(),
+        };
+        #[track_caller]
+        fn check(text: &str, edit: &Edit, expected: &str) {
+            assert_eq!(edited_within(text, "t", edit), expected);
+        }
+        let both = edit(&["q"], json!({"d": "x"}));
+        check(
+            r#"{"a": Infinity, "t" : {"d": "y", "q": {"t": 1}} , "b": 1}"#,
+            &both,
+            "{\"a\": Infinity, \"t\" : {\n  \"d\": \"x\"\n} , \"b\": 1}",
+        );
+        check(r#"{"t":{"q":[],"e":1}}"#, &edit(&["q"], json!({})), r#"{"t":{"e":1}}"#);
+        check(r#"{"t": 1, "b": {"t": {}}}"#, &both, r#"{"t": 1, "b": {"t": {}}}"#);
     }
 
     #[test]

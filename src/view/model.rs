@@ -8,10 +8,10 @@ use super::cache::{Cache, ChunkKey};
 use super::shard::{Piece, VirtualShard};
 use super::{Budget, Counters};
 use crate::error::Result;
-use crate::format::{Content, Format, Item, Plan, Weight};
-use crate::quant::{Isa, Reals, Tile};
+use crate::format::{Content, Format, Item, Plan};
+use crate::quant::{Grid, Isa, Reals, Tile};
 use crate::recipe::Request;
-use crate::source::{Checkpoint, SourceFiles, Window, edited};
+use crate::source::{Checkpoint, Edit, SourceFiles, Window, edited, edited_within};
 
 /// A checkpoint and what a format makes of it.
 #[derive(Debug)]
@@ -43,13 +43,14 @@ impl Model {
         first_weight: u32,
     ) -> Result<Self> {
         let config = checkpoint.config().map(|config| &config.value);
-        let plan = format.plan(checkpoint.catalog(), config, request)?;
+        let mut plan = format.plan(checkpoint.catalog(), config, request)?;
+        plan.decode_kept(checkpoint.catalog());
         let mut ids = vec![Vec::new(); checkpoint.shards().len()];
         for (id, item) in plan.items.iter().enumerate() {
             ids[checkpoint.catalog()[item.tensor].shard()].push(id);
         }
-        // Where nothing is encoded, every file is the source's own.
-        let shards = if plan.weights.is_empty() {
+        // Where nothing is encoded or decoded, every file is the source's own.
+        let shards = if plan.weights.is_empty() && !checkpoint.is_decoded() {
             Vec::new()
         } else {
             let lay_out = |(ids, shard): (Vec<usize>, &crate::source::Shard)| {
@@ -141,9 +142,13 @@ impl Model {
 
     /// `config.json` with the quantization declared, where there is one and it changes.
     pub(super) fn config_text(&self) -> Option<Vec<u8>> {
-        let changes = self.checkpoint.is_decoded() || !self.plan.config.is_empty();
+        let Plan { config, nested, .. } = &self.plan;
+        let changes = self.checkpoint.is_decoded() || !config.is_empty() || !nested.is_empty();
         let source = self.checkpoint.config().filter(|_| changes)?;
-        Some(edited(&source.text, &[], &self.plan.config).into_bytes())
+        let text = edited(&source.text, &[], config);
+        let edit =
+            |text: String, (member, edit): &(String, Edit)| edited_within(&text, member, edit);
+        Some(nested.iter().fold(text, edit).into_bytes())
     }
 
     /// Fills `buf` from `offset` of a virtual shard; the range lies within it.
@@ -190,9 +195,7 @@ impl Model {
         offset: u64,
         out: &mut [u8],
     ) -> Result<()> {
-        let Weight { tensor, scheme } = self.plan.weights[weight];
-        let tensor = &self.checkpoint.catalog()[tensor];
-        let grid = scheme.grid(tensor.dtype, &tensor.shape, engine.budget.chunk);
+        let grid = self.grid(weight, engine.budget.chunk);
         let end = offset + out.len() as u64;
         let mut rest = out;
         for chunk in grid.chunk_at(part, offset)..=grid.chunk_at(part, end - 1) {
@@ -227,9 +230,7 @@ impl Model {
         let chunks = move |piece| match piece {
             Piece::Item(id, range) => match self.plan.items[id].content {
                 Content::Part { weight, part: 0 } => {
-                    let Weight { tensor, scheme } = self.plan.weights[weight];
-                    let tensor = &self.checkpoint.catalog()[tensor];
-                    let grid = scheme.grid(tensor.dtype, &tensor.shape, chunk_bytes);
+                    let grid = self.grid(weight, chunk_bytes);
                     let chunks = grid.chunk_at(0, range.start)..=grid.chunk_at(0, range.end - 1);
                     Some(chunks.map(move |chunk| (weight, chunk)))
                 }
@@ -242,10 +243,10 @@ impl Model {
 
     /// Encodes every part of one chunk in one pass over its source.
     fn encode(&self, engine: &Engine, weight: usize, chunk: u64) -> Result<Vec<Buffer>> {
-        let Weight { tensor: id, scheme } = self.plan.weights[weight];
-        let tensor = &self.checkpoint.catalog()[id];
-        let grid = scheme.grid(tensor.dtype, &tensor.shape, engine.budget.chunk);
-        let parts = scheme.parts(tensor.dtype, &tensor.shape).len();
+        let grid = self.grid(weight, engine.budget.chunk);
+        let weight = self.plan.weights[weight];
+        let tensor = &self.checkpoint.catalog()[weight.tensor];
+        let parts = weight.parts(tensor).len();
         let mut buffers: Vec<Buffer> = (0..parts)
             .map(|part| grid.range(part, chunk))
             .map(|range| engine.buffers.take((range.end - range.start) as usize))
@@ -259,15 +260,21 @@ impl Model {
             first_col: place.first_col,
             cols: place.cols,
         };
-        engine.counters.source.add(self.checkpoint.window_len(id, &window));
-        self.checkpoint.with_window(&engine.files, id, window, |bytes, stride| {
+        engine.counters.source.add(self.checkpoint.window_len(weight.tensor, &window));
+        self.checkpoint.with_window(&engine.files, weight.tensor, window, |bytes, stride| {
             let data = Reals::new(tensor.dtype, bytes).expect("the scheme accepted the type");
             let tile = Tile { data, rows: place.rows as usize, cols: place.cols as usize, stride };
             let mut out: Vec<&mut [u8]> =
                 buffers.iter_mut().map(|buffer| &mut buffer[..]).collect();
-            scheme.encode(engine.isa, &tile, &mut out);
+            weight.encode(engine.isa, &tile, &mut out);
         })?;
         Ok(buffers)
+    }
+
+    /// How a weight is cut.
+    fn grid(&self, weight: usize, source_bytes: u64) -> Grid {
+        let weight = &self.plan.weights[weight];
+        weight.grid(&self.checkpoint.catalog()[weight.tensor], source_bytes)
     }
 
     fn key(&self, weight: usize, chunk: u64) -> ChunkKey {
