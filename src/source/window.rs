@@ -1,4 +1,4 @@
-//! Parts of a tensor seen as a matrix of any width, and how they lie in what is stored.
+//! Parts of a tensor as a matrix of any width, in what is stored.
 
 use std::ops::Range;
 
