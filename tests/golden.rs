@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use aq_fs::export::{Options, export};
+use aq_fs::export::{Options, Step, export};
 use aq_fs::quant::{Granularity, Quality, Storage};
 use aq_fs::recipe::{Request, ScaleFormat};
 use aq_fs::view::{Budget, NodeKind, View};
@@ -171,7 +171,7 @@ fn every_recorded_checkpoint_decodes_to_what_its_loader_makes_of_it() {
     for name in recorded.as_object().expect("checkpoints by name").keys() {
         let dir = tempfile::tempdir().expect("a directory");
         let view = View::open(&source, &request(name), Budget::default()).expect(name);
-        let options = Options { threads: 2, overwrite: true };
+        let options = Options { threads: 2, overwrite: true, step: Step::Whole };
         export(&view, dir.path(), options, &|_, _| {}).expect("exported");
         let view = View::open(dir.path(), &dense, Budget::default());
         if !decoded[name].is_object() {

@@ -24,8 +24,13 @@ static QUANTIZED: LazyLock<Vec<(&'static str, tempfile::TempDir)>> = LazyLock::n
         let dir = tempfile::tempdir().expect("a directory");
         let request = Request { format: name.to_owned(), ..Request::default() };
         let view = View::open(MODEL.path(), &request, Budget::default()).expect("a view");
-        export(&view, dir.path(), Options { threads: 2, overwrite: true }, &|_, _| {})
-            .expect("exported");
+        export(
+            &view,
+            dir.path(),
+            Options { threads: 2, overwrite: true, step: Step::Whole },
+            &|_, _| {},
+        )
+        .expect("exported");
         match View::open(dir.path(), &dense(), Budget::default()) {
             Ok(_) => Some((name, dir)),
             Err(error) => {
