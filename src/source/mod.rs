@@ -33,7 +33,7 @@ pub use window::Window;
 
 use crate::error::{self, Error, ErrorKind, Result};
 use crate::threads;
-use decode::OPERANDS;
+use decode::{OPERANDS, Outcome};
 use file::Part;
 use index::WeightMap;
 use window::Placed;
@@ -47,6 +47,8 @@ pub struct Checkpoint {
     index: Option<Index>,
     config: Option<Config>,
     decoded: bool,
+    /// What tells that it is quantized in a way that isn't known.
+    unknown: Option<String>,
 }
 
 /// One safetensors file of a checkpoint.
@@ -139,12 +141,25 @@ impl Checkpoint {
             files.read_exact_at(&shards[shard].file, start, &mut bytes).map(|()| bytes)
         };
         let value = config.as_ref().map(|config| &config.value);
-        let (catalog, decoded) = decode::logical(stored, value, &read)?;
+        let outcome = decode::logical(&stored, value, &read)?;
+        let (catalog, decoded, unknown) = match outcome {
+            Outcome::Plain => (stored, false, None),
+            Outcome::Decoded(catalog) => (catalog, true, None),
+            Outcome::Unknown(what) => (stored, false, Some(what)),
+        };
         let config = match config {
             Some(config) if decoded => Some(config.without_quantization()?),
             config => config,
         };
-        Ok(Self { dir, catalog, shards, index: index.map(|(index, _)| index), config, decoded })
+        Ok(Self {
+            dir,
+            catalog,
+            shards,
+            index: index.map(|(index, _)| index),
+            config,
+            decoded,
+            unknown,
+        })
     }
 
     /// The canonical path of the directory that holds the checkpoint.
@@ -170,6 +185,21 @@ impl Checkpoint {
     /// Whether the checkpoint is stored quantized, and what is shown of it decoded.
     pub fn is_decoded(&self) -> bool {
         self.decoded
+    }
+
+    /// Refuses a checkpoint whose weights are codes that can't be decoded. Its catalog has what is
+    /// stored.
+    ///
+    /// # Errors
+    /// `Unsupported`, with the method that its config declares and a tensor that shows it.
+    pub fn refuse_unknown_codes(&self) -> Result<()> {
+        match &self.unknown {
+            None => Ok(()),
+            Some(what) => Err(error::unsupported(format!(
+                "the source is quantized already and can't be decoded: {what}; start from the \
+                 original"
+            ))),
+        }
     }
 
     /// `config.json`, where the checkpoint has one; without its quantization, where that is decoded.

@@ -160,6 +160,10 @@ impl<'a> Walk<'a> {
             // What asks for plain numbers is meant for the pipeline's other components.
             (request.simulate, request.dtype) = (None, None);
         }
+        // A pipeline's own components are only passed on, in whatever types they are.
+        if !diffusers {
+            checkpoint.refuse_unknown_codes().map_err(place)?;
+        }
         let model = Model::new(checkpoint, format, &request, self.weights).map_err(place)?;
         let prefix = match below.as_os_str().is_empty() {
             true => String::new(),

@@ -78,22 +78,33 @@ impl<'a> Declared<'a> {
     }
 }
 
+/// What becomes of a checkpoint's stored tensors.
+pub(super) enum Outcome {
+    /// They are what a loader would see.
+    Plain,
+    /// They are these.
+    Decoded(Catalog),
+    /// They are quantized and nobody here knows how: what tells so.
+    Unknown(String),
+}
+
 /// The logical tensors of a checkpoint, given those that it stores. `read` gives the bytes of a
 /// stored tensor; it is asked for small metadata only.
 ///
 /// # Errors
-/// `Unsupported` for a quantization that can't be decoded, `Corrupt` for operands that are missing or
-/// don't fit each other; both with the tensor named. `Io` where metadata can't be read.
+/// `Unsupported` for a variant of a known quantization that can't be decoded, `Corrupt` for operands
+/// that are missing or don't fit each other; both with the tensor named. `Io` where metadata can't be
+/// read.
 pub(super) fn logical(
-    catalog: Catalog,
+    catalog: &Catalog,
     config: Option<&Value>,
     read: &dyn Fn(&Tensor) -> Result<Vec<u8>>,
-) -> Result<(Catalog, bool)> {
+) -> Result<Outcome> {
     let declared = config.and_then(Declared::find);
     if declared.is_none() && !catalog.tensors().iter().any(is_quantized) {
-        return Ok((catalog, false));
+        return Ok(Outcome::Plain);
     }
-    let mut stored = Stored::new(&catalog, config.and_then(model_dtype), read);
+    let mut stored = Stored::new(catalog, config.and_then(model_dtype), read);
     match declared {
         None => {
             // What names and shapes tell by themselves.
@@ -111,30 +122,22 @@ pub(super) fn logical(
         Some(_) => {}
     }
     let left = stored.unclaimed().find(|tensor| is_quantized(tensor));
-    let method = declared.map(|declared| declared.method);
-    let what = match (method, left) {
-        (None, None) => None,
-        (Some(_), None) if !stored.is_untouched() => None,
-        (Some(method), None) => Some(format!("config.json declares {method}")),
-        (None, Some(tensor)) => Some(format!("`{}` ({})", tensor.name, tensor.dtype)),
-        (Some(method), Some(tensor)) => Some(format!(
-            "config.json declares {method}, as in `{}` ({})",
-            tensor.name, tensor.dtype
-        )),
-    };
-    match what {
-        None => {
-            let decoded = !stored.is_untouched();
-            let tensors = stored.into_tensors();
-            let catalog = Catalog::new(tensors).map_err(|[first, _]| {
+    let what = match (declared, left) {
+        (Some(Declared { method, .. }), None) if stored.is_untouched() => {
+            format!("config.json declares {method}")
+        }
+        (Some(Declared { method, .. }), Some(tensor)) => {
+            format!("config.json declares {method}, as in `{}` ({})", tensor.name, tensor.dtype)
+        }
+        (None, Some(tensor)) => format!("`{}` ({})", tensor.name, tensor.dtype),
+        (_, None) => {
+            let catalog = Catalog::new(stored.into_tensors()).map_err(|[first, _]| {
                 error::corrupt(format!("`{}` is stored both plain and quantized", first.name))
             })?;
-            Ok((catalog, decoded))
+            return Ok(Outcome::Decoded(catalog));
         }
-        Some(what) => Err(error::unsupported(format!(
-            "the source is quantized already and can't be decoded: {what}; start from the original"
-        ))),
-    }
+    };
+    Ok(Outcome::Unknown(what))
 }
 
 /// The element type that a config says the model has, its own or its language model's.

@@ -35,7 +35,8 @@ fn open(tensors: &[Stored<'_>], config: &Value) -> (tempfile::TempDir, Result<Ch
     write(&dir.path().join("model.safetensors"), tensors);
     std::fs::write(dir.path().join("config.json"), config.to_string()).expect("written");
     let opened = Checkpoint::open(dir.path());
-    (dir, opened)
+    let known = opened.and_then(|opened| opened.refuse_unknown_codes().map(|()| opened));
+    (dir, known)
 }
 
 /// A declaration of the method, with whatever else it says.
