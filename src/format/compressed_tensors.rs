@@ -157,8 +157,8 @@ fn plan(
         };
         plan.encode(id, scheme, parts);
         if int.packing == Packing::Packed32 {
-            let bytes: Vec<u8> = tensor.shape.iter().flat_map(|dim| dim.to_le_bytes()).collect();
-            plan.inline(id, "weight_shape", (Dtype::I64, &[2]), bytes);
+            let shape = [tensor.shape[0], tensor.shape[1]].map(u64::to_le_bytes);
+            plan.inline(id, "weight_shape", (Dtype::I64, &[2]), shape.as_flattened());
         }
     }
     let experts = (has_experts && experts != int).then_some(experts);
