@@ -1,11 +1,12 @@
 //! One virtual shard: its header, and where every tensor's bytes come from.
 
+use std::borrow::Cow;
 use std::ops::Range;
 
 use super::text::{Entries, Outline, Sink};
 use crate::dtype::{self, Dtype};
-use crate::format::{Content, Item, Plan};
-use crate::quant::{Part, Scheme};
+use crate::format::{Content, Item, Plan, Weight};
+use crate::quant::Part;
 use crate::source::Catalog;
 
 /// A safetensors file laid out from a plan's items.
@@ -55,7 +56,7 @@ impl VirtualShard {
         for &id in ids {
             let item = &subject.plan.items[id as usize];
             let (dtype, shape) = types.of(item);
-            let len = dtype::byte_len(dtype, shape).expect("planned tensors have a size");
+            let len = dtype::byte_len(dtype, &shape).expect("planned tensors have a size");
             let class = match (len % ALIGNMENT, &item.content) {
                 (0, Content::Inline(_)) => 0,
                 (0, _) => 1,
@@ -208,7 +209,7 @@ struct Types<'a> {
 }
 
 struct Alike<'a> {
-    scheme: Scheme,
+    weight: Weight,
     dtype: Dtype,
     shape: &'a [u64],
     parts: Vec<Part>,
@@ -222,28 +223,25 @@ impl<'a> Types<'a> {
         Self { subject, alike: Vec::new() }
     }
 
-    fn of(&mut self, item: &'a Item) -> (Dtype, &[u64]) {
+    fn of(&mut self, item: &'a Item) -> (Dtype, Cow<'_, [u64]>) {
         let Subject { catalog, plan, .. } = self.subject;
-        let tensor = &catalog[item.tensor];
-        match &item.content {
-            Content::Source => (tensor.dtype, &tensor.shape),
-            Content::Inline(inline) => (inline.dtype, &inline.shape),
-            Content::Part { weight, part } => {
-                let (scheme, dtype, shape) =
-                    (plan.weights[*weight].scheme, tensor.dtype, tensor.shape.as_slice());
-                let is_alike = |known: &Alike<'_>| {
-                    known.shape == shape && known.dtype == dtype && known.scheme == scheme
-                };
-                let position = self.alike.iter().position(is_alike).unwrap_or_else(|| {
-                    self.alike.truncate(ALIKE - 1);
-                    let parts = scheme.parts(dtype, shape);
-                    self.alike.push(Alike { scheme, dtype, shape, parts });
-                    self.alike.len() - 1
-                });
-                let part = &self.alike[position].parts[*part];
-                (part.dtype, &part.shape)
-            }
-        }
+        let Content::Part { weight, part } = item.content else {
+            return plan.type_of(catalog, item);
+        };
+        let (weight, tensor) = (plan.weights[weight], &catalog[item.tensor]);
+        let is_alike = |known: &Alike<'_>| {
+            known.shape == tensor.shape
+                && known.dtype == tensor.dtype
+                && Weight { tensor: weight.tensor, ..known.weight } == weight
+        };
+        let position = self.alike.iter().position(is_alike).unwrap_or_else(|| {
+            self.alike.truncate(ALIKE - 1);
+            let (dtype, shape, parts) = (tensor.dtype, &tensor.shape, weight.parts(tensor));
+            self.alike.push(Alike { weight, dtype, shape, parts });
+            self.alike.len() - 1
+        });
+        let part = &self.alike[position].parts[part];
+        (part.dtype, part.shape.as_slice().into())
     }
 }
 
