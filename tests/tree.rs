@@ -7,6 +7,7 @@ use std::os::unix::fs::symlink;
 use std::path::Path;
 
 use aq_fs::error::ErrorKind;
+use aq_fs::format::FORMATS;
 use aq_fs::quant::Real;
 use aq_fs::recipe::Request;
 use aq_fs::view::{Budget, NodeKind, View};
@@ -114,6 +115,63 @@ fn the_index_is_synthesized_and_its_other_metadata_carried_through() {
     assert_eq!(index["weight_map"].as_object().expect("a map").len(), names.len());
     assert!(names.contains(&"model.layers.0.mlp.gate_proj.weight_packed".to_owned()));
     assert!(names.contains(&"model.layers.0.mlp.down_proj.weight".to_owned()), "383 wide");
+}
+
+#[test]
+fn headers_and_indexes_are_the_same_at_every_offset_and_to_every_reader() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let expert = |i: usize| {
+        let name = |leaf: &str| format!("model.layers.{}.mlp.experts.{i}.{leaf}.weight", i % 7);
+        [("up_proj", [32, 128]), ("down_proj", [128, 32])]
+            .map(|(leaf, shape)| Tensor::weights(&name(leaf), Dtype::BF16, &shape))
+    };
+    let odd = Tensor::weights("a \"name\" with \\ and \u{e9}\n", Dtype::F32, &[3]);
+    let experts = |range: std::ops::Range<usize>| range.flat_map(expert);
+    let shards = [
+        ("model-00001-of-00002.safetensors", experts(0..190).chain([odd]).collect()),
+        ("model-00002-of-00002.safetensors", experts(190..199).collect::<Vec<_>>()),
+    ];
+    support::write_checkpoint(dir.path(), &shards, &json!({ "model_type": "deepseek_v3" }));
+    for format in FORMATS {
+        let request = Request { format: format.name().to_owned(), ..Request::default() };
+        let open = || View::open(dir.path(), &request, Budget::default()).expect("a view");
+        let view = open();
+        let mut names = Vec::new();
+        for file in ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"] {
+            let shown = read(&view, file);
+            let tensors = safetensors::SafeTensors::deserialize(&shown).expect("a shard");
+            names.extend(tensors.names().into_iter().map(|name| (name.to_owned(), file)));
+        }
+        names.sort();
+        let index = read(&view, "model.safetensors.index.json");
+        let parsed: Value = serde_json::from_slice(&index).expect("JSON");
+        let listed = parsed["weight_map"].as_object().expect("a map").iter();
+        let listed = listed.map(|(name, file)| (name.clone(), file.as_str().expect("a name")));
+        let mut listed: Vec<_> = listed.collect();
+        listed.sort();
+        assert_eq!(listed, names, "{}", format.name());
+        // Another view, so that the readers are the first.
+        let view = open();
+        std::thread::scope(|scope| {
+            for step in [97, 1000, 4096, 70_001] {
+                for (path, limit) in
+                    [(shards[0].0, 60_000), ("model.safetensors.index.json", index.len())]
+                {
+                    let (view, whole) = (&view, read(&open(), path));
+                    scope.spawn(move || {
+                        let file = view.tree().lookup(aq_fs::view::ROOT, path.as_ref());
+                        let file = file.expect("shown");
+                        for start in (0..limit.min(whole.len())).step_by(step) {
+                            let expected = &whole[start..whole.len().min(start + step)];
+                            let mut found = vec![0; expected.len()];
+                            view.read_at(file, start as u64, &mut found).expect("readable");
+                            assert!(found == expected, "{path}: {step} bytes from {start}");
+                        }
+                    });
+                }
+            }
+        });
+    }
 }
 
 #[test]
@@ -244,6 +302,41 @@ fn plain_numbers_have_the_type_asked_for_and_the_config_says_so() {
                 assert_eq!((shown.dtype(), shown.shape()), (Dtype::F16, tensor.shape()), "{name}");
             }
         }
+    }
+}
+
+#[test]
+fn a_weight_with_a_nan_or_an_infinity_is_named_once() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let name = |layer: usize| format!("model.layers.{layer}.mlp.down_proj.weight");
+    let tensors: Vec<Tensor> = [f32::NAN, 1.0, f32::NEG_INFINITY]
+        .iter()
+        .enumerate()
+        .map(|(layer, odd)| {
+            let mut tensor = Tensor::weights(&name(layer), Dtype::BF16, &[128, 256]);
+            let bytes = ((odd.to_bits() >> 16) as u16).to_le_bytes();
+            tensor.data[20_000..20_002].copy_from_slice(&bytes);
+            tensor
+        })
+        .collect();
+    let shards = [("model-00001-of-00001.safetensors", tensors)];
+    support::write_checkpoint(dir.path(), &shards, &json!({"model_type": "llama"}));
+    let plain = Request { format: "dense".into(), dtype: Some(Real::F32), ..Request::default() };
+    let quantized = FORMATS.iter().map(|format| format.name()).filter(|name| *name != "dense");
+    let requests = quantized
+        .map(|name| Request { format: name.to_owned(), ..Request::default() })
+        .chain([plain]);
+    for request in requests {
+        let budget = Budget { cache: 0, chunk: 10_000, ahead: 0 };
+        let view = View::open(dir.path(), &request, budget).expect("a view");
+        assert_eq!(view.spoilt(), [""; 0], "nothing was read yet");
+        for _ in 0..2 {
+            read(&view, shards[0].0);
+        }
+        let line = |layer| format!("{}: `{}` holds a NaN or an infinity", shards[0].0, name(layer));
+        assert_eq!(view.news(), [line(0), line(2)], "{request:?}");
+        assert_eq!(view.news(), [""; 0], "once each");
+        assert_eq!(view.spoilt(), [line(0), line(2)]);
     }
 }
 
