@@ -10,6 +10,7 @@ mod index;
 mod model;
 mod shard;
 mod spoilt;
+mod survey;
 mod text;
 mod tree;
 mod walk;

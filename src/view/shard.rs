@@ -232,7 +232,7 @@ impl<'a> Types<'a> {
         let is_alike = |known: &Alike<'_>| {
             known.shape == tensor.shape
                 && known.dtype == tensor.dtype
-                && Weight { tensor: weight.tensor, ..known.weight } == weight
+                && Weight { tensor: weight.tensor, survey: weight.survey, ..known.weight } == weight
         };
         let position = self.alike.iter().position(is_alike).unwrap_or_else(|| {
             self.alike.truncate(ALIKE - 1);
