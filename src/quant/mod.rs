@@ -7,6 +7,7 @@
 
 mod affine;
 mod affine_search;
+mod cast;
 mod codebook;
 mod codebook_search;
 mod fp8;
@@ -20,6 +21,9 @@ mod minifloat;
 mod pack;
 mod search;
 mod shape;
+mod simulate;
+mod spoilt;
+mod survey;
 #[cfg(test)]
 mod tests;
 mod tile;
@@ -27,6 +31,7 @@ mod tile;
 use crate::dtype::{Dtype, byte_len};
 
 pub use affine::AffineScheme;
+pub use cast::CastScheme;
 pub use codebook::{Codebook, CodebookScheme, Storage};
 pub use fp8::{Fp8Grain, Fp8Scale, Fp8Scheme};
 pub use grid::{Axis, Grid, PartBytes, Window};
@@ -34,7 +39,8 @@ pub use int::{Granularity, IntScheme, Packing};
 pub use isa::Isa;
 pub use llm_int8::LlmInt8Scheme;
 pub use micro::{MicroDialect, MicroFloat, MicroScheme};
-pub use tile::{Reals, Tile};
+pub use survey::Survey;
+pub use tile::{Real, Reals, Tile};
 
 /// How much work goes into the choice of a scale. Never changes shapes or layout.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -54,12 +60,14 @@ pub enum Scheme {
     Affine(AffineScheme),
     /// Small floats with a one-byte scale per group.
     Micro(MicroScheme),
-    /// 8-bit floats with a scale per channel or block.
+    /// 8-bit floats with a scale per weight, channel or block.
     Fp8(Fp8Scheme),
     /// Entries of a table with a scale per block of the flattened weight.
     Codebook(CodebookScheme),
     /// Signed bytes with the largest magnitude of a row.
     LlmInt8(LlmInt8Scheme),
+    /// The same numbers in another type.
+    Cast(CastScheme),
 }
 
 /// What a part of a quantized weight holds.
@@ -73,6 +81,8 @@ pub enum Role {
     ZeroPoint,
     /// What code zero stands for.
     Bias,
+    /// Plain numbers.
+    Reals,
 }
 
 /// One of the tensors that a weight becomes.
@@ -108,6 +118,7 @@ impl Scheme {
             Self::Fp8(scheme) => scheme.accepts(dtype, shape),
             Self::Codebook(scheme) => scheme.accepts(dtype, shape),
             Self::LlmInt8(scheme) => scheme.accepts(dtype, shape),
+            Self::Cast(scheme) => scheme.accepts(dtype, shape),
         }
     }
 
@@ -120,6 +131,7 @@ impl Scheme {
             Self::Fp8(scheme) => scheme.parts(dtype, shape),
             Self::Codebook(scheme) => scheme.parts(dtype, shape),
             Self::LlmInt8(scheme) => scheme.parts(shape),
+            Self::Cast(scheme) => scheme.parts(shape),
         }
     }
 
@@ -132,28 +144,62 @@ impl Scheme {
             Self::Fp8(scheme) => scheme.grid(dtype, shape, source_bytes),
             Self::Codebook(scheme) => scheme.grid(dtype, shape, source_bytes),
             Self::LlmInt8(scheme) => scheme.grid(dtype, shape, source_bytes),
+            Self::Cast(scheme) => scheme.grid(dtype, shape, source_bytes),
+        }
+    }
+
+    /// The one number that is stored for a whole weight beside its parts; none where the scheme needs
+    /// no [`survey`](Self::survey).
+    pub fn scalar(&self, dtype: Dtype) -> Option<Part> {
+        match self {
+            Self::Fp8(scheme) => scheme.scalar(dtype),
+            _ => None,
+        }
+    }
+
+    /// The bytes of [`scalar`](Self::scalar); none where there is none.
+    pub fn scalar_bytes(&self, dtype: Dtype, survey: &Survey) -> Vec<u8> {
+        match self {
+            Self::Fp8(scheme) => scheme.scalar_bytes(dtype, survey),
+            _ => Vec::new(),
+        }
+    }
+
+    /// Whether every window of a weight must have been surveyed before the first can be encoded.
+    pub fn is_surveyed(&self) -> bool {
+        self.scalar(Dtype::F32).is_some()
+    }
+
+    /// Adds the window of one chunk to what is known of a weight. Windows come in the grid's order.
+    pub fn survey(&self, isa: Isa, tile: &Tile<'_>, survey: &mut Survey) {
+        match self {
+            Self::Fp8(_) if self.is_surveyed() => survey.add_magnitudes(isa, tile),
+            _ => {}
         }
     }
 
     /// Encodes the window of one chunk: all parts, in the order of [`parts`](Self::parts), in one
-    /// pass over the tile. `out` has the lengths that the grid gives; every byte is written.
+    /// pass over the tile. `survey` is that of the whole weight, any where the scheme needs none.
+    /// `out` has the lengths that the grid gives; every byte is written.
     ///
     /// # Panics
     ///
     /// If the tile or an output has another size.
-    pub fn encode(&self, isa: Isa, tile: &Tile<'_>, out: &mut [&mut [u8]]) {
+    pub fn encode(&self, isa: Isa, tile: &Tile<'_>, survey: &Survey, out: &mut [&mut [u8]]) {
         match self {
             Self::Int(scheme) => scheme.encode(isa, tile, out),
             Self::Affine(scheme) => scheme.encode(isa, tile, out),
             Self::Micro(scheme) => scheme.encode(isa, tile, out),
-            Self::Fp8(scheme) => scheme.encode(isa, tile, out),
+            Self::Fp8(scheme) => scheme.encode(isa, tile, survey, out),
             Self::Codebook(scheme) => scheme.encode(isa, tile, out),
             Self::LlmInt8(scheme) => scheme.encode(isa, tile, out),
+            Self::Cast(scheme) => scheme.encode(isa, tile, out),
         }
     }
 
     /// Dequantizes one chunk of `rows` x `cols` elements, as a loader of element type `dtype` does:
-    /// every value is one of that type.
+    /// every value is one of that type. After the parts comes the [`scalar`](Self::scalar), where
+    /// there is one.
     ///
     /// # Panics
     ///
@@ -172,6 +218,7 @@ impl Scheme {
             Self::Fp8(scheme) => scheme.decode(dtype, (rows, cols), parts, out),
             Self::Codebook(scheme) => scheme.decode(dtype, (rows, cols), parts, out),
             Self::LlmInt8(scheme) => scheme.decode(dtype, (rows, cols), parts, out),
+            Self::Cast(scheme) => scheme.decode(dtype, (rows, cols), parts, out),
         }
     }
 }
@@ -203,6 +250,7 @@ impl std::fmt::Display for Scheme {
             }
             Self::Fp8(Fp8Scheme { grain, .. }) => {
                 match grain {
+                    Fp8Grain::Tensor => f.write_str("E4M3, per tensor")?,
                     Fp8Grain::Channel => f.write_str("E4M3, per channel")?,
                     Fp8Grain::Block(size) => write!(f, "E4M3, blocks of {size} x {size}")?,
                 }
@@ -218,6 +266,10 @@ impl std::fmt::Display for Scheme {
             }
             Self::LlmInt8(_) => {
                 f.write_str("int8, per channel")?;
+                None
+            }
+            Self::Cast(CastScheme { to }) => {
+                write!(f, "as {}", to.dtype())?;
                 None
             }
         };
