@@ -1,5 +1,6 @@
 //! One checkpoint of a view, planned: its shards laid out, its chunks encoded on demand.
 
+use std::hash::Hasher;
 use std::ops::Range;
 
 use super::buffers::{Buffer, Buffers};
@@ -144,6 +145,17 @@ impl Model {
         index.read(self.index_subject(), offset, out);
     }
 
+    /// Hashes the synthesized index.
+    pub(super) fn hash_index(&self, hash: &mut impl Hasher) {
+        let len = self.index_len().expect("the view shows it");
+        let mut text = vec![0; len.min(1 << 20) as usize];
+        for offset in (0..len).step_by(1 << 20) {
+            let part = &mut text[..(len - offset).min(1 << 20) as usize];
+            self.read_index(offset, part);
+            hash.write(part);
+        }
+    }
+
     /// `config.json` with the quantization declared, where there is one and it changes.
     pub(super) fn config_text(&self) -> Option<Vec<u8>> {
         let Plan { config, nested, .. } = &self.plan;
@@ -218,6 +230,26 @@ impl Model {
             out.copy_from_slice(&bytes[skipped..skipped + out.len()]);
         }
         Ok(())
+    }
+
+    /// Number of chunks that a weight is cut into.
+    pub(super) fn chunks(&self, weight: usize, chunk_bytes: u64) -> u64 {
+        self.grid(weight, chunk_bytes).chunks()
+    }
+
+    /// Encodes a chunk, which isn't cached, and hands out its bytes in each part, with their offset
+    /// there.
+    pub(super) fn make_chunk(
+        &self,
+        engine: &Engine,
+        weight: usize,
+        chunk: u64,
+        mut put: impl FnMut(usize, u64, &[u8]) -> Result<()>,
+    ) -> Result<()> {
+        let grid = self.grid(weight, engine.budget.chunk);
+        let parts = self.encode(engine, weight, chunk)?;
+        let mut parts = parts.iter().enumerate();
+        parts.try_for_each(|(part, bytes)| put(part, grid.range(part, chunk).start, bytes))
     }
 
     /// Encodes a chunk into the cache unless it is there.
