@@ -173,5 +173,5 @@ fn is_quantized(tensor: &Tensor) -> bool {
     );
     codes
         || ENDINGS.iter().any(|ending| tensor.name.ends_with(ending))
-        || tensor.name.contains(".weight.quant_state.")
+        || tensor.name.rsplit_once('.').is_some_and(|(of, _)| of.ends_with(".weight.quant_state"))
 }
