@@ -75,7 +75,7 @@ pub(super) fn stripes(
 
 /// How many times the source of a band a stripe may have: the wider it is, the fewer of them meet
 /// every row again.
-pub(super) const STRIPE: u64 = 8;
+pub(super) const STRIPE: u64 = 4;
 
 /// A part of that shape.
 pub(super) fn part<const N: usize>(role: Role, dtype: Dtype, shape: [u64; N]) -> Part {
