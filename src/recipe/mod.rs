@@ -3,7 +3,6 @@
 mod ignore;
 mod linear;
 mod pattern;
-mod quantized;
 
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -120,7 +119,7 @@ impl Assignment {
     /// the scheme. Weights that loaders fuse into one share one decision.
     ///
     /// # Errors
-    /// `Invalid` for a malformed pattern, `Unsupported` for a checkpoint that is quantized already.
+    /// `Invalid` for a malformed pattern.
     pub fn new(
         catalog: &Catalog,
         config: Option<&Value>,
@@ -152,7 +151,6 @@ impl Assignment {
         schemes: Schemes,
         ends: Ends,
     ) -> Result<Self> {
-        quantized::refuse(catalog, config)?;
         let skip = Patterns::new("--skip", &request.skip)?;
         let only = Patterns::new("--only", &request.only)?;
         let entries: Vec<linear::Entry<'_>> = catalog
