@@ -1,12 +1,14 @@
 //! What `--quality reference` shows is what each format's own tool wrote, byte for byte.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use aq_fs::quant::{Granularity, Quality, Storage};
+use aq_fs::export::{Options, Step, export};
+use aq_fs::quant::{Granularity, Quality, Real, Storage};
 use aq_fs::recipe::{Request, ScaleFormat};
 use aq_fs::view::{Budget, NodeKind, View};
-use safetensors::SafeTensors;
+use safetensors::tensor::TensorView;
+use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
@@ -148,4 +150,141 @@ fn reference_quality_reproduces_every_recorded_checkpoint() {
             assert!(list(declared).contains(&"lm_head".into()), "{name}");
         }
     }
+}
+
+/// What a checkpoint's own loader makes of each weight that it holds quantized.
+fn decoded() -> Value {
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
+    let recorded = std::fs::read(fixtures.join("decoded.json")).expect("the fixture");
+    serde_json::from_slice(&recorded).expect("JSON")
+}
+
+#[test]
+fn every_recorded_checkpoint_decodes_to_what_its_loader_makes_of_it() {
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
+    let source = fixtures.join("llama-bf16");
+    let recorded = std::fs::read(fixtures.join("golden.json")).expect("the fixture");
+    let recorded: Value = serde_json::from_slice(&recorded).expect("JSON");
+    let decoded = decoded();
+    let dense = Request { format: "dense".to_owned(), ..Request::default() };
+    let plain = shown(&View::open(&source, &dense, Budget::default()).expect("a view"));
+    let mut checked = 0;
+    for name in recorded.as_object().expect("checkpoints by name").keys() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let view = View::open(&source, &request(name), Budget::default()).expect(name);
+        let options = Options { threads: 2, overwrite: true, step: Step::Whole };
+        export(&view, dir.path(), options, &|_, _| {}).expect("exported");
+        let view = View::open(dir.path(), &dense, Budget::default());
+        if !decoded[name].is_object() {
+            // Nobody's loader has been asked.
+            let error = view.expect_err(name).to_string();
+            assert!(error.contains("quantized already and can't be decoded"), "{name}: {error}");
+            continue;
+        }
+        let view = view.expect(name);
+        // Whatever is not quantized is as in the original.
+        let mut expected = plain.clone();
+        for (tensor, row) in decoded[name].as_object().expect("rows") {
+            let row = serde_json::from_value(row.clone()).expect("a row");
+            assert!(
+                expected.insert(tensor.clone(), row).is_some(),
+                "{name}: {tensor} has no original"
+            );
+        }
+        let shown = shown(&view);
+        let names = |map: &BTreeMap<String, _>| map.keys().cloned().collect::<Vec<_>>();
+        assert_eq!(names(&shown), names(&expected), "{name}");
+        let differing: Vec<&String> = expected
+            .iter()
+            .filter(|(tensor, row)| &shown[*tensor] != *row)
+            .map(|(t, _)| t)
+            .collect();
+        assert!(differing.is_empty(), "{name}: {differing:?}");
+        let config = file(&view, "config.json");
+        let original = std::fs::read(source.join("config.json")).expect("there");
+        assert_eq!(config, serde_json::from_slice::<Value>(&original).expect("JSON"), "{name}");
+        checked += 1;
+    }
+    assert!(checked >= 30, "only {checked}");
+}
+
+/// Writes the fixture in F32 below `dir`, every value times 1.1 so that no bits are left zero.
+fn in_f32(dir: &Path) -> PathBuf {
+    let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/llama-bf16");
+    let out = dir.join("f32");
+    std::fs::create_dir(&out).expect("made");
+    for entry in std::fs::read_dir(fixture).expect("the fixture") {
+        let path = entry.expect("an entry").path();
+        let mut bytes = std::fs::read(&path).expect("readable");
+        let to = out.join(path.file_name().expect("a name"));
+        if path.extension().is_some_and(|extension| extension == "safetensors") {
+            let parsed = SafeTensors::deserialize(&bytes).expect("a safetensors file");
+            let widened: Vec<(String, Vec<usize>, Vec<u8>)> = parsed
+                .tensors()
+                .into_iter()
+                .map(|(name, tensor)| {
+                    assert_eq!(tensor.dtype(), Dtype::BF16, "{name}");
+                    let value = |b: &[u8]| f32::from_le_bytes([0, 0, b[0], b[1]]) * 1.1;
+                    let data = tensor.data().chunks(2).flat_map(|b| value(b).to_le_bytes());
+                    (name, tensor.shape().to_vec(), data.collect())
+                })
+                .collect();
+            let views = widened.iter().map(|(name, shape, data)| {
+                (name, TensorView::new(Dtype::F32, shape.clone(), data).expect("a tensor"))
+            });
+            bytes = safetensors::serialize(views, None).expect("serialized");
+        } else if path.ends_with("config.json") {
+            let config = String::from_utf8(bytes).expect("UTF-8");
+            bytes = config.replace("\"bfloat16\"", "\"float32\"").into_bytes();
+        }
+        std::fs::write(to, bytes).expect("written");
+    }
+    out
+}
+
+/// Writes what `dense --dtype f16` shows of a model in one directory.
+fn in_f16(model: &Path, dir: &Path) -> PathBuf {
+    let out = dir.join("f16");
+    std::fs::create_dir(&out).expect("made");
+    let request =
+        Request { format: "dense".to_owned(), dtype: Some(Real::F16), ..Request::default() };
+    let view = View::open(model, &request, Budget::default()).expect("a view");
+    for (id, node) in view.tree().nodes().iter().enumerate() {
+        let NodeKind::File { size } = node.kind else { continue };
+        let mut bytes = vec![0; size as usize];
+        view.read_at(id, 0, &mut bytes).expect("readable");
+        std::fs::write(out.join(&node.name), bytes).expect("written");
+    }
+    out
+}
+
+#[test]
+fn reference_quality_is_the_tools_bytes_from_f16_and_f32_too() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let f32 = in_f32(dir.path());
+    let f16 = in_f16(&f32, dir.path());
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/golden_casts.json");
+    let recorded = std::fs::read(path).expect("the fixture");
+    let recorded: BTreeMap<String, BTreeMap<String, String>> =
+        serde_json::from_slice(&recorded).expect("parts by checkpoint");
+    let mut seen = [0, 0];
+    for (checkpoint, expected) in &recorded {
+        let (name, dtype) = checkpoint.split_once('@').expect("an element type");
+        let source = if dtype == "f16" { &f16 } else { &f32 };
+        seen[usize::from(dtype == "f16")] += 1;
+        let view = View::open(source, &request(name), Budget::default()).expect(checkpoint);
+        // One digest over all rows of the same last component, as record_golden.py has it.
+        let mut parts: BTreeMap<String, Sha256> = BTreeMap::new();
+        for (tensor, (dtype, shape, digest)) in shown(&view) {
+            let part = tensor.rsplit('.').next().expect("a component").to_owned();
+            let shape: Vec<String> = shape.iter().map(usize::to_string).collect();
+            let row = format!("{tensor} {dtype} {} {digest}\n", shape.join(","));
+            parts.entry(part).or_default().update(row);
+        }
+        let hex = |sha: Sha256| sha.finalize().iter().map(|b| format!("{b:02x}")).collect();
+        let found: BTreeMap<String, String> =
+            parts.into_iter().map(|(part, sha)| (part, hex(sha))).collect();
+        assert_eq!(&found, expected, "{checkpoint}");
+    }
+    assert!(seen[0] >= 30 && seen[0] == seen[1], "{seen:?}");
 }
