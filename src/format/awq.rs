@@ -14,7 +14,7 @@
 use serde_json::{Value, json};
 
 use super::gptq::{GROUPS, group_size};
-use super::{Format, Grain, Plan, Reader, Takes, by_layout, skip};
+use super::{Format, Grain, Plan, Reader, Takes, by_layout, ran, skip};
 use crate::error::Result;
 use crate::quant::{Scheme, TransposedOrder, TransposedScheme};
 use crate::recipe::{Assignment, Decision, Request};
@@ -46,10 +46,10 @@ impl Format for Awq {
     fn readers(&self) -> &'static [Reader] {
         const {
             &[
-                by_layout("vLLM"),
+                ran("vLLM", "0.32 (CPU, `scripts/vllm.sh`)"),
+                ran("mlx-lm", "0.32.2, a Llama (`tests/consumers/mlx_formats.py`)"),
                 by_layout("SGLang"),
                 by_layout("transformers"),
-                by_layout("mlx-lm"),
             ]
         }
     }

@@ -20,7 +20,7 @@ use std::collections::BTreeSet;
 
 use serde_json::{Map, Value, json};
 
-use super::{Format, Grain, Plan, Reader, Takes, by_layout};
+use super::{Format, Grain, Plan, Reader, Takes, by_layout, ran};
 use crate::dtype::Dtype;
 use crate::error::Result;
 use crate::quant::{Granularity, Scheme, TransposedOrder, TransposedScheme};
@@ -42,7 +42,7 @@ pub(super) static V1: Gptq = Gptq {
     name: "gptq",
     about: "GPTQ integers of 2, 3, 4 or 8 bits, for vLLM, SGLang, gptqmodel and transformers",
     readers: &[
-        by_layout("vLLM"),
+        ran("vLLM", "0.32 (CPU, `scripts/vllm.sh`), 4 bits"),
         by_layout("SGLang"),
         by_layout("gptqmodel"),
         by_layout("transformers"),

@@ -14,7 +14,7 @@
 
 use serde_json::{Value, json};
 
-use super::{Format, Grain, Plan, Reader, Takes, by_layout};
+use super::{Format, Grain, Plan, Reader, Takes, by_layout, ran};
 use crate::error::{self, Result};
 use crate::quant::{ExpertsScheme, Scheme};
 use crate::recipe::{Assignment, Decision, Request, module_of};
@@ -44,7 +44,12 @@ impl Format for Mxfp4 {
     }
 
     fn readers(&self) -> &'static [Reader] {
-        const { &[by_layout("transformers"), by_layout("vLLM")] }
+        const {
+            &[
+                ran("transformers", "5.23, a small gpt-oss (`tests/consumers/formats.py`)"),
+                by_layout("vLLM"),
+            ]
+        }
     }
 
     fn plan(&self, catalog: &Catalog, config: Option<&Value>, request: &Request) -> Result<Plan> {
