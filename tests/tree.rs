@@ -132,7 +132,7 @@ fn headers_and_indexes_are_the_same_at_every_offset_and_to_every_reader() {
         ("model-00002-of-00002.safetensors", experts(190..199).collect::<Vec<_>>()),
     ];
     support::write_checkpoint(dir.path(), &shards, &json!({ "model_type": "deepseek_v3" }));
-    for format in FORMATS {
+    for format in FORMATS.iter().filter(|format| !support::is_for_gpt_oss(format.name())) {
         let request = Request { format: format.name().to_owned(), ..Request::default() };
         let open = || View::open(dir.path(), &request, Budget::default()).expect("a view");
         let view = open();
