@@ -253,6 +253,12 @@ fn a_pipeline_s_own_components_can_carry_the_error_of_a_format() {
     support::write_shard(&dir.path().join(file), &weights);
     let config = r#"{"_class_name": "X", "_diffusers_version": "0.36.0"}"#;
     fs::write(transformer.join("config.json"), config).expect("written");
+    let vae = dir.path().join("vae");
+    fs::create_dir(&vae).expect("made");
+    let vae_file = "vae/diffusion_pytorch_model.safetensors";
+    support::write_shard(&dir.path().join(vae_file), &weights);
+    let config_of_vae = config.replace("X", "AutoencoderKL");
+    fs::write(vae.join("config.json"), config_of_vae).expect("written");
     let request = Request { simulate: Some("compressed-tensors".into()), ..Request::default() };
     let view = View::open(dir.path(), &request, Budget::default()).expect("a view");
     let encoder = parsed(&view, "text_encoder/config.json");
@@ -263,6 +269,8 @@ fn a_pipeline_s_own_components_can_carry_the_error_of_a_format() {
     let shown = shown.tensor("blocks.0.attn.to_q.weight").expect("by its own name");
     assert_eq!((shown.dtype(), shown.shape()), (Dtype::BF16, &[128, 128][..]));
     assert!(shown.data() != weights[0].data, "it carries an error");
+    let source = fs::read(dir.path().join(vae_file)).expect("there");
+    assert!(read(&view, vae_file) == source, "between images and latents nothing changes");
     // Outside of a pipeline there is nothing that this could mean.
     let error = View::open(&dir.path().join("text_encoder"), &request, Budget::default());
     let complaint = error.map(|_| ()).expect_err("opened").to_string();

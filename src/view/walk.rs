@@ -151,7 +151,7 @@ impl<'a> Walk<'a> {
         let plain = self.request.simulate.is_some() || self.request.dtype.is_some();
         let format = if diffusers { format::find("dense")? } else { self.format };
         let mut request = self.request.clone();
-        if diffusers && self.request.simulate.is_none() {
+        if diffusers && (self.request.simulate.is_none() || is_autoencoder(&checkpoint)) {
             request = Request { dtype: request.dtype, ..Request::default() };
         } else if !diffusers
             && self.format.name() != "dense"
@@ -249,6 +249,12 @@ impl<'a> Walk<'a> {
             SourceFile::open(dir, name).map_err(|e| e.within(below.join(name).display()))?;
         Ok(Content::Copy(Arc::new(file)))
     }
+}
+
+/// Whether one of diffusers' components leads between images and latents, which nobody quantizes.
+fn is_autoencoder(checkpoint: &Checkpoint) -> bool {
+    let class = checkpoint.config().and_then(|config| config.value.get("_class_name")?.as_str());
+    class.is_some_and(|class| ["Autoencoder", "VAE", "VQ"].iter().any(|word| class.contains(word)))
 }
 
 /// Whether a checkpoint is a component of a diffusers pipeline.

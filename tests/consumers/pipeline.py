@@ -31,10 +31,10 @@ logger.disable("compressed_tensors")
 ENCODERS = {"text_encoder": CLIPTextModel, "text_encoder_2": T5EncoderModel}
 # Flags, whether the transformer is then another one, and the least distance in dB.
 RUNS = {
-    "--bits 8": (False, 25),
-    "--format compressed-tensors --simulate ct-fp8": (True, 8),
-    "--format compressed-tensors --simulate bnb-nf4": (True, 8),
-    "--format compressed-tensors --bits 8 --simulate mlx": (True, 25),
+    "--bits 8": (False, 40),
+    "--format compressed-tensors --simulate ct-fp8": (True, 28),
+    "--format compressed-tensors --simulate bnb-nf4": (True, 20),
+    "--format compressed-tensors --bits 8 --simulate mlx": (True, 40),
 }
 
 
@@ -106,6 +106,9 @@ def main():
                     if not any(key.endswith(".weight_packed") for key in tensors(f"{view}/{name}")):
                         complaints.append(f"{name} is not quantized")
                 before, after = tensors(f"{source}/transformer"), tensors(f"{view}/transformer")
+                vae, shown = tensors(f"{source}/vae"), tensors(f"{view}/vae")
+                if vae.keys() != shown.keys() or not all(map(torch.equal, vae.values(), shown.values())):
+                    complaints.append("the VAE is another")
                 if before.keys() != after.keys():
                     complaints.append("the transformer has other tensors")
                 elif all(map(torch.equal, before.values(), after.values())) == simulated:
