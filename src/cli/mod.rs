@@ -13,6 +13,7 @@ use clap::{Parser, Subcommand, ValueEnum};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::FORMATS;
+use crate::memory;
 use crate::quant::{Granularity, Quality, Real, Storage};
 use crate::recipe::{Request, ScaleFormat};
 use crate::view::Budget;
@@ -297,20 +298,17 @@ fn granularity(text: &str) -> Result<Granularity, String> {
 #[command(next_help_heading = "Memory")]
 struct BudgetArgs {
     /// Memory for quantized weights that were read once and may be read again: K, M and G are
-    /// powers of 1024
-    #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = size)]
-    cache_size: u64,
-}
-
-impl Default for BudgetArgs {
-    fn default() -> Self {
-        Self { cache_size: Budget::default().cache }
-    }
+    /// powers of 1024; the rest of the program takes at most 64M more [default: 256M, or an eighth
+    /// of what the machine or its control group (cgroup) has, if that is less]
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    cache_size: Option<u64>,
 }
 
 impl BudgetArgs {
     fn budget(&self) -> Budget {
-        Budget { cache: self.cache_size, ..Budget::default() }
+        let budget = Budget::default();
+        let cache = self.cache_size.unwrap_or_else(|| budget.cache.min(memory::limit() / 8));
+        Budget { cache, ..budget }
     }
 }
 
