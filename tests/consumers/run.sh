@@ -27,6 +27,8 @@ load "${some[@]}" --group-size channel
 load "${some[@]}" --asymmetric
 load "${some[@]}" --asymmetric --group-size channel --quality reference
 load "${some[@]}" --bits 8 --format ct-int8
+"$python" tests/consumers/covered.py "$bin"
+"$python" tests/consumers/pipeline.py "$bin"
 "$python" tests/consumers/closeness.py "$bin" tests/fixtures/llama-bf16
 "$python" tests/consumers/formats.py "$bin" tests/fixtures/llama-bf16
 "$python" tests/consumers/mlx_formats.py "$bin" tests/fixtures/llama-bf16
