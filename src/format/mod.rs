@@ -4,12 +4,15 @@
 //! where their bytes come from, and what `config.json` declares. Planning is pure; no weight is
 //! read.
 
+mod awq;
 mod bitsandbytes;
 mod compressed_tensors;
 mod ct_float;
 mod dense;
 mod fp8_block;
+mod gptq;
 mod mlx;
+mod mxfp4;
 mod skip;
 mod takes;
 
@@ -88,6 +91,10 @@ pub static FORMATS: &[&dyn Format] = &[
     &mlx::MXFP8,
     &mlx::NVFP4,
     &fp8_block::Fp8Block,
+    &gptq::V1,
+    &gptq::V2,
+    &awq::Awq,
+    &mxfp4::Mxfp4,
 ];
 
 /// The format of that name.
@@ -174,7 +181,8 @@ impl Weight {
 pub struct Item {
     /// The source tensor that it comes from, and whose shard shows it.
     pub tensor: TensorId,
-    /// What follows its module and a dot in its name; the source tensor's own name where `None`.
+    /// What follows its module and a dot in its name or, where it begins with an underscore, the
+    /// source tensor's own name; just that name where `None`.
     pub suffix: Option<&'static str>,
     /// Where its bytes come from.
     pub content: Content,
@@ -330,24 +338,25 @@ impl Plan {
         self.items.push(Item { tensor: id, suffix: Some(suffix), content });
     }
 
-    /// The name of an item, the suffix with the dot before it apart.
+    /// The name of an item in three parts: the source's, what joins them, and the suffix.
     pub fn name_parts<'a>(
         &self,
         catalog: &'a Catalog,
         item: &Item,
-    ) -> (&'a str, Option<&'static str>) {
+    ) -> (&'a str, &'static str, &'static str) {
         let name = catalog[item.tensor].name.as_str();
         match item.suffix {
-            None => (name, None),
-            Some(suffix) => (module_of(name), Some(suffix)),
+            None => (name, "", ""),
+            Some(suffix) if suffix.starts_with('_') => (name, "", suffix),
+            Some(suffix) => (module_of(name), ".", suffix),
         }
     }
 
     /// The name of an item.
     pub fn name<'a>(&self, catalog: &'a Catalog, item: &Item) -> Cow<'a, str> {
         match self.name_parts(catalog, item) {
-            (name, None) => name.into(),
-            (module, Some(suffix)) => format!("{module}.{suffix}").into(),
+            (name, _, "") => name.into(),
+            (name, joint, suffix) => format!("{name}{joint}{suffix}").into(),
         }
     }
 

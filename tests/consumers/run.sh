@@ -31,4 +31,6 @@ load "${some[@]}" --bits 8 --format ct-int8
 "$python" tests/consumers/pipeline.py "$bin"
 "$python" tests/consumers/closeness.py "$bin" tests/fixtures/llama-bf16
 "$python" tests/consumers/formats.py "$bin" tests/fixtures/llama-bf16
+"$python" tests/consumers/formats.py "$bin" "$models/gpt-oss" mxfp4
 "$python" tests/consumers/mlx_formats.py "$bin" tests/fixtures/llama-bf16
+"$python" tests/consumers/mistral.py "$bin" tests/fixtures/llama-bf16
