@@ -89,6 +89,7 @@ fn request(name: &str) -> Request {
         "gptoss-mxfp4" => request("mxfp4"),
         "ct-int8-w8a8" => request("ct-int8"),
         "ct-fp8-dynamic" => request("ct-fp8"),
+        "ct-nvfp4a16" => request("ct-nvfp4"),
         "ct-mxfp4a16" => request("ct-mxfp4"),
         "ct-mxfp8a16" => request("ct-mxfp8"),
         "hf-fp8-block" => request("fp8-block"),

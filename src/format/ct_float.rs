@@ -1,4 +1,4 @@
-//! compressed-tensors floats: FP8 per tensor, channel and block, MXFP4, MXFP8.
+//! compressed-tensors floats: FP8 per tensor, channel and block, NVFP4, MXFP4, MXFP8.
 //!
 //! For the weight `X.weight` of shape `[R, C]`:
 //!
@@ -6,6 +6,11 @@
 //! float-quantized (W8A8; activations quantized by the loader: all, per token, or per 128 of it)
 //!   X.weight         F8_E4M3      [R, C]
 //!   X.weight_scale   as X.weight  [1], [R, 1], or of blocks [ceil(R/128), ceil(C/128)]
+//!
+//! nvfp4-pack-quantized (weight-only)
+//!   X.weight_packed        U8       [R, C/2]   E2M1, the even column in the lower half
+//!   X.weight_scale         F8_E4M3  [R, C/16]
+//!   X.weight_global_scale  F32      [1]        what scales are divided by, one for fused weights
 //!
 //! mxfp4-pack-quantized (weight-only)
 //!   X.weight_packed  U8           [R, C/2]   E2M1, the even column in the lower half
@@ -16,7 +21,7 @@
 //!   X.weight_scale   U8           [R, C/32]  E8M0
 //! ```
 //!
-//! Upstream: `compressed_tensors/compressors/naive_quantized`, `mxfp4` and `mxfp8` of
+//! Upstream: `compressed_tensors/compressors/naive_quantized`, `nvfp4`, `mxfp4` and `mxfp8` of
 //! github.com/vllm-project/compressed-tensors 0.19.0.
 
 use serde_json::{Value, json};
@@ -42,6 +47,8 @@ pub(super) struct CtFloat {
     suffixes: &'static [&'static str],
     /// What follows the module in the name of the scalar, if the scheme has one.
     scalar: Option<&'static str>,
+    /// Whether weights share it that engines fuse into one.
+    fuses: bool,
     /// Its name in the config.
     format: &'static str,
     /// What the config says of weights beyond their bits.
@@ -59,6 +66,7 @@ pub(super) static FP8: CtFloat = CtFloat {
     scheme: |_| fp8(Fp8Grain::Channel),
     suffixes: &["weight", "weight_scale"],
     scalar: None,
+    fuses: false,
     format: "float-quantized",
     weights: || json!({ "strategy": "channel" }),
     activations: || json!({ "num_bits": 8, "type": "float", "symmetric": true, "strategy": "token", "dynamic": true }),
@@ -72,6 +80,7 @@ pub(super) static FP8_TENSOR: CtFloat = CtFloat {
     scheme: |_| fp8(Fp8Grain::Tensor),
     suffixes: &["weight"],
     scalar: Some("weight_scale"),
+    fuses: false,
     format: "float-quantized",
     readers: &[TRANSFORMERS, by_layout("vLLM"), by_layout("SGLang")],
     weights: || json!({ "strategy": "tensor" }),
@@ -87,6 +96,7 @@ pub(super) static FP8_BLOCK: CtFloat = CtFloat {
     scheme: |_| fp8(Fp8Grain::Block(128)),
     suffixes: &["weight", "weight_scale"],
     scalar: None,
+    fuses: false,
     format: "float-quantized",
     weights: || json!({ "strategy": "block", "block_structure": [128, 128] }),
     activations: || {
@@ -101,15 +111,37 @@ pub(super) static FP8_BLOCK: CtFloat = CtFloat {
     },
 };
 
+/// `ct-nvfp4`: E2M1 with an E4M3 scale for 16, and one for the weight.
+pub(super) static NVFP4: CtFloat = CtFloat {
+    name: "ct-nvfp4",
+    about: "NVFP4, weight-only, for transformers, vLLM, SGLang and mistral.rs",
+    takes: takes(4, Grain::Groups(&[16])),
+    scheme: |quality| micro(MicroFloat::E2m1, MicroDialect::TensorGroup, quality),
+    suffixes: &["weight_packed", "weight_scale"],
+    scalar: Some("weight_global_scale"),
+    fuses: true,
+    format: "nvfp4-pack-quantized",
+    readers: &[TRANSFORMERS, by_layout("vLLM"), by_layout("SGLang"), by_layout("mistral.rs")],
+    weights: || {
+        json!({
+            "strategy": "tensor_group",
+            "group_size": 16,
+            "scale_dtype": "torch.float8_e4m3fn",
+        })
+    },
+    activations: || Value::Null,
+};
+
 /// `ct-mxfp4`: E2M1 with a power of two for 32.
 pub(super) static MXFP4: CtFloat = CtFloat {
     name: "ct-mxfp4",
     about: "MXFP4, weight-only, for transformers and vLLM",
     takes: takes(4, Grain::Groups(&[32])),
     readers: &[TRANSFORMERS, by_layout("vLLM")],
-    scheme: |quality| micro(MicroFloat::E2m1, quality),
+    scheme: |quality| micro(MicroFloat::E2m1, MicroDialect::CompressedTensors, quality),
     suffixes: &["weight_packed", "weight_scale"],
     scalar: None,
+    fuses: false,
     format: "mxfp4-pack-quantized",
     weights: of_32,
     activations: || Value::Null,
@@ -121,9 +153,10 @@ pub(super) static MXFP8: CtFloat = CtFloat {
     about: "MXFP8, weight-only, for transformers and vLLM",
     takes: takes(8, Grain::Groups(&[32])),
     readers: &[TRANSFORMERS, by_layout("vLLM")],
-    scheme: |quality| micro(MicroFloat::E4m3, quality),
+    scheme: |quality| micro(MicroFloat::E4m3, MicroDialect::CompressedTensors, quality),
     suffixes: &["weight", "weight_scale"],
     scalar: None,
+    fuses: false,
     format: "mxfp8-quantized",
     weights: of_32,
     activations: || Value::Null,
@@ -141,8 +174,8 @@ fn fp8(grain: Fp8Grain) -> Scheme {
     Scheme::Fp8(Fp8Scheme { grain, scale: Fp8Scale::Source, whole_blocks: false })
 }
 
-fn micro(float: MicroFloat, quality: Quality) -> Scheme {
-    Scheme::Micro(MicroScheme { float, dialect: MicroDialect::CompressedTensors, quality })
+fn micro(float: MicroFloat, dialect: MicroDialect, quality: Quality) -> Scheme {
+    Scheme::Micro(MicroScheme { float, dialect, quality })
 }
 
 fn of_32() -> Value {
@@ -182,6 +215,9 @@ impl Format for CtFloat {
                 Decision::Keep { .. } => plan.keep(id),
             }
         }
+        if self.fuses {
+            plan.fuse_surveys(catalog);
+        }
         let mut weights = json!({
             "num_bits": self.takes.bits[0],
             "type": "float",
@@ -196,5 +232,73 @@ impl Format for CtFloat {
         let value = declared(&self.format.into(), &groups, plan.assignment.ignore());
         plan.declare("quantization_config", value);
         Ok(plan)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dtype::Dtype;
+    use crate::source::{Decoder, Extent, Tensor};
+
+    #[track_caller]
+    fn check(format: &CtFloat, expected: &[&[&str]]) {
+        let names = [
+            "self_attn.q_proj",
+            "self_attn.k_proj",
+            "self_attn.v_proj",
+            "self_attn.o_proj",
+            "mlp.experts.0.gate_proj",
+            "mlp.experts.0.up_proj",
+            "mlp.experts.1.w1",
+            "mlp.experts.1.w2",
+            "mlp.experts.1.w3",
+        ];
+        let tensor = |name: &str| Tensor {
+            name: format!("{name}.weight"),
+            dtype: Dtype::BF16,
+            shape: vec![128, 128],
+            decoder: Decoder::Plain,
+            operands: vec![Extent { shard: 0, start: 0, len: 0 }],
+        };
+        let catalog = Catalog::new(names.map(tensor).into()).expect("names are unique");
+        let request = Request { format: format.name.to_owned(), ..Request::default() };
+        let plan = format.plan(&catalog, Some(&json!({})), &request).expect("it plans");
+        let name = |id: &usize| names[*id];
+        let surveys: Vec<Vec<&str>> =
+            plan.surveys.iter().map(|ids| ids.iter().map(name).collect()).collect();
+        assert_eq!(surveys, expected);
+        for weight in &plan.weights {
+            let survey = weight.survey.expect("all are surveyed");
+            assert!(plan.surveys[survey].contains(&weight.tensor));
+        }
+    }
+
+    #[test]
+    fn what_engines_fuse_is_surveyed_together_where_it_shares_a_scale() {
+        check(
+            &NVFP4,
+            &[
+                &["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+                &["self_attn.o_proj"],
+                &["mlp.experts.0.gate_proj", "mlp.experts.0.up_proj"],
+                &["mlp.experts.1.w1", "mlp.experts.1.w3"],
+                &["mlp.experts.1.w2"],
+            ],
+        );
+        check(
+            &FP8_TENSOR,
+            &[
+                &["self_attn.q_proj"],
+                &["self_attn.k_proj"],
+                &["self_attn.v_proj"],
+                &["self_attn.o_proj"],
+                &["mlp.experts.0.gate_proj"],
+                &["mlp.experts.0.up_proj"],
+                &["mlp.experts.1.w1"],
+                &["mlp.experts.1.w2"],
+                &["mlp.experts.1.w3"],
+            ],
+        );
     }
 }

@@ -17,6 +17,7 @@ mod skip;
 mod takes;
 
 use std::borrow::Cow;
+use std::collections::HashMap;
 use std::fmt::Debug;
 use std::sync::Arc;
 
@@ -25,7 +26,7 @@ use serde_json::{Map, Value};
 use crate::dtype::{self, Dtype};
 use crate::error::{self, Result};
 use crate::quant::{CastScheme, Grid, Isa, Part, Real, Scheme, Survey, Tile};
-use crate::recipe::{Assignment, Request, module_of};
+use crate::recipe::{Assignment, Request, fused_group, module_of};
 use crate::source::{Catalog, Edit, Tensor, TensorId};
 pub use takes::{Grain, Takes, ranges};
 
@@ -79,6 +80,7 @@ pub static FORMATS: &[&dyn Format] = &[
     &ct_float::FP8,
     &ct_float::FP8_TENSOR,
     &ct_float::FP8_BLOCK,
+    &ct_float::NVFP4,
     &ct_float::MXFP4,
     &ct_float::MXFP8,
     &bitsandbytes::NF4,
@@ -250,6 +252,25 @@ impl Plan {
             let content = Content::Part { weight, part };
             self.items.push(Item { tensor: id, suffix: Some(suffix), content });
         }
+    }
+
+    /// Surveys weights together that engines fuse into one.
+    fn fuse_surveys(&mut self, catalog: &Catalog) {
+        let mut fused = HashMap::new();
+        let mut surveys: Vec<Vec<TensorId>> = Vec::new();
+        for weight in self.weights.iter_mut().filter(|weight| weight.survey.is_some()) {
+            let mut own = || {
+                surveys.push(Vec::new());
+                surveys.len() - 1
+            };
+            let survey = match fused_group(module_of(&catalog[weight.tensor].name)) {
+                Some(group) => *fused.entry((group, weight.scheme)).or_insert_with(own),
+                None => own(),
+            };
+            surveys[survey].push(weight.tensor);
+            weight.survey = Some(survey);
+        }
+        self.surveys = surveys;
     }
 
     /// Shows the scalar of the weight encoded last.

@@ -14,10 +14,20 @@
 //! quarters of the smallest normal number on, for that), and a scale that F16 can't hold becomes 1. MLX's NVFP4
 //! has groups of 16 and the scale `m / 6` in E4M3, whose group is all zeros where it is 0.
 //!
-//! A group with a NaN or an infinity has the scale NaN and codes 0.
+//! compressed-tensors' NVFP4 has groups of 16 and one more scale, `g`, for a whole weight, or for
+//! several that engines fuse; `M` is their largest magnitude, `r` rounds to the source's element type:
 //!
-//! The search tries the neighbouring scales of E2M1 codes for the least squared error. E4M3 codes
-//! have the same relative error at every scale, so there it is the reference.
+//! ```text
+//! g = r(r(1 / M) * 2688), M at least the smallest normal number; 1 where that is infinite
+//! scale = e4m3(g * r(m / 6)), 0.125 where that is 0
+//! q = e2m1(x / (scale / g)), all in f32
+//! ```
+//!
+//! A group with a NaN or an infinity has the scale NaN and codes 0; `g` is then 1.
+//!
+//! The search tries the neighbouring scales of E2M1 codes for the least squared error, and finds `g`
+//! in f32 where the source's type can't hold it. E4M3 codes have the same relative error at every
+//! scale, so there it is the reference.
 
 use crate::dtype::Dtype;
 
@@ -29,7 +39,8 @@ use super::minifloat::{
 };
 use super::pack::pack;
 use super::shape::{assert_lengths, bands, grouped, part};
-use super::tile::{Element, Tile, for_element};
+use super::survey::Survey;
+use super::tile::{Element, F32, Tile, for_element};
 use super::{Part, Quality, Role};
 
 /// The type of a code.
@@ -46,6 +57,9 @@ pub enum MicroFloat {
 pub enum MicroDialect {
     /// compressed-tensors: powers of two for groups of 32; two E2M1 codes to a byte.
     CompressedTensors,
+    /// compressed-tensors: E4M3 scales for groups of 16 and one scale for the weight; two E2M1 codes to
+    /// a byte.
+    TensorGroup,
     /// MLX: powers of two for groups of 32; codes in 32-bit words.
     MlxPower,
     /// MLX: E4M3 scales for groups of 16; codes in 32-bit words.
@@ -66,7 +80,13 @@ pub struct MicroScheme {
 impl MicroScheme {
     /// Weights that share a scale.
     pub fn group_size(&self) -> u32 {
-        if self.dialect == MicroDialect::MlxE4m3 { 16 } else { 32 }
+        if self.has_e4m3_scales() { 16 } else { 32 }
+    }
+
+    /// Whether scales are not powers of two.
+    #[inline(always)]
+    fn has_e4m3_scales(&self) -> bool {
+        matches!(self.dialect, MicroDialect::TensorGroup | MicroDialect::MlxE4m3)
     }
 
     pub(super) fn accepts(&self, dtype: Dtype, shape: &[u64]) -> Result<(), String> {
@@ -77,21 +97,53 @@ impl MicroScheme {
         let (rows, cols) = (shape[0], shape[1]);
         let bits = u64::from(self.bits());
         let codes = match (self.dialect, self.float) {
-            (MicroDialect::CompressedTensors, MicroFloat::E2m1) => (Dtype::U8, cols / 2),
-            (MicroDialect::CompressedTensors, MicroFloat::E4m3) => (Dtype::F8_E4M3, cols),
-            _ => (Dtype::U32, cols * bits / 32),
+            (MicroDialect::MlxPower | MicroDialect::MlxE4m3, _) => (Dtype::U32, cols * bits / 32),
+            (_, MicroFloat::E2m1) => (Dtype::U8, cols / 2),
+            (_, MicroFloat::E4m3) => (Dtype::F8_E4M3, cols),
+        };
+        let scale = match self.dialect {
+            MicroDialect::TensorGroup => Dtype::F8_E4M3,
+            _ => Dtype::U8,
         };
         vec![
             part(Role::Codes, codes.0, [rows, codes.1]),
-            part(Role::Scale, Dtype::U8, [rows, cols / u64::from(self.group_size())]),
+            part(Role::Scale, scale, [rows, cols / u64::from(self.group_size())]),
         ]
+    }
+
+    pub(super) fn scalar(&self) -> Option<Part> {
+        let has_one = self.dialect == MicroDialect::TensorGroup;
+        has_one.then(|| part(Role::Scale, Dtype::F32, [1]))
+    }
+
+    pub(super) fn scalar_bytes(&self, dtype: Dtype, survey: &Survey) -> Vec<u8> {
+        match self.scalar() {
+            Some(_) => for_element!(dtype, E => self.global::<E>(survey)).to_le_bytes().into(),
+            None => Vec::new(),
+        }
+    }
+
+    /// The scale of the whole weight; 1 where there is none.
+    fn global<E: Element>(&self, survey: &Survey) -> f32 {
+        const LARGEST: f32 = E4M3_MAX * E2M1_MAX;
+        let magnitude = survey.magnitude();
+        if self.dialect != MicroDialect::TensorGroup || !magnitude.is_finite() {
+            return 1.0;
+        }
+        let magnitude = if magnitude < E::SMALLEST { E::SMALLEST } else { magnitude };
+        let global = E::round(E::round(1.0 / magnitude) * LARGEST);
+        let global = match self.quality {
+            Quality::Search if !global.is_finite() => LARGEST / magnitude,
+            _ => global,
+        };
+        if global.is_finite() { global } else { 1.0 }
     }
 
     pub(super) fn grid(&self, dtype: Dtype, shape: &[u64], source_bytes: u64) -> Grid {
         bands(dtype, shape, 1, |shape| self.parts(dtype, shape), source_bytes)
     }
 
-    pub(super) fn encode(&self, isa: Isa, tile: &Tile<'_>, out: &mut [&mut [u8]]) {
+    pub(super) fn encode(&self, isa: Isa, tile: &Tile<'_>, survey: &Survey, out: &mut [&mut [u8]]) {
         let dtype = tile.data.dtype();
         let parts = self.parts(dtype, &[tile.rows as u64, tile.cols as u64]);
         assert_lengths(&parts, out.iter().map(|out| out.len()));
@@ -99,6 +151,7 @@ impl MicroScheme {
         // Groups are too short for the widest vectors.
         for_element!(dtype, E => isa.at_most_256_bits().run(Encode::<E> {
             scheme: self,
+            global: self.global::<E>(survey),
             source: E::split(tile.data.bytes()),
             cols: tile.cols,
             stride: tile.stride,
@@ -115,16 +168,18 @@ impl MicroScheme {
         out: &mut [f32],
     ) {
         assert_eq!(out.len(), rows * cols, "number of elements");
-        let specs = self.parts(dtype, &[rows as u64, cols as u64]);
+        let mut specs = self.parts(dtype, &[rows as u64, cols as u64]);
+        specs.extend(self.scalar());
         assert_lengths(&specs, parts.iter().map(|part| part.len()));
-        let &[codes, scales] = parts else { unreachable!("two parts") };
+        let (codes, scales) = (parts[0], parts[1]);
+        let global = parts.get(2).map_or(1.0, |global| F32::widen(F32::split(global)[0]));
         let group = self.group_size() as usize;
         for_element!(dtype, E => for (i, out) in out.iter_mut().enumerate() {
             let value = match self.float {
                 MicroFloat::E2m1 => e2m1_value(codes[i / 2] >> (i % 2 * 4) & 15),
                 MicroFloat::E4m3 => e4m3_value(codes[i]),
             };
-            *out = E::round(value * self.scale_value(scales[i / group]));
+            *out = E::round(value * self.scale_value(scales[i / group], global));
         });
     }
 
@@ -136,8 +191,9 @@ impl MicroScheme {
     }
 
     #[inline(always)]
-    fn scale_value(&self, code: u8) -> f32 {
+    fn scale_value(&self, code: u8, global: f32) -> f32 {
         match self.dialect {
+            MicroDialect::TensorGroup => e4m3_value(code) / global,
             MicroDialect::MlxE4m3 => e4m3_value(code),
             _ => e8m0_value(code),
         }
@@ -145,15 +201,18 @@ impl MicroScheme {
 
     /// The scales' codes for groups of those largest magnitudes.
     #[inline(always)]
-    fn scales<E: Element>(&self, magnitudes: &[f32], scales: &mut [u8]) {
+    fn scales<E: Element>(&self, magnitudes: &[f32], global: f32, scales: &mut [u8]) {
         // A dialect that is known makes each a loop without branches.
-        for dialect in
-            [MicroDialect::CompressedTensors, MicroDialect::MlxPower, MicroDialect::MlxE4m3]
-        {
+        for dialect in [
+            MicroDialect::CompressedTensors,
+            MicroDialect::TensorGroup,
+            MicroDialect::MlxPower,
+            MicroDialect::MlxE4m3,
+        ] {
             if self.dialect == dialect {
                 let scheme = Self { dialect, ..*self };
                 for (scale, magnitude) in scales.iter_mut().zip(magnitudes) {
-                    *scale = scheme.scale::<E>(*magnitude);
+                    *scale = scheme.scale::<E>(*magnitude, global);
                 }
             }
         }
@@ -161,9 +220,12 @@ impl MicroScheme {
 
     /// The scales' values.
     #[inline(always)]
-    fn values(&self, scales: &[u8], values: &mut [f32]) {
+    fn values(&self, scales: &[u8], global: f32, values: &mut [f32]) {
         let pairs = values.iter_mut().zip(scales);
         match self.dialect {
+            MicroDialect::TensorGroup => {
+                pairs.for_each(|(value, code)| *value = e4m3_value(*code) / global);
+            }
             MicroDialect::MlxE4m3 => pairs.for_each(|(value, code)| *value = e4m3_value(*code)),
             _ => pairs.for_each(|(value, code)| *value = e8m0_value(*code)),
         }
@@ -171,7 +233,7 @@ impl MicroScheme {
 
     /// The scale's code for a group of that largest magnitude.
     #[inline(always)]
-    fn scale<E: Element>(&self, magnitude: f32) -> u8 {
+    fn scale<E: Element>(&self, magnitude: f32, global: f32) -> u8 {
         let largest = match self.float {
             MicroFloat::E2m1 => E2M1_MAX,
             MicroFloat::E4m3 => E4M3_MAX,
@@ -193,6 +255,17 @@ impl MicroScheme {
                 let exponent = if unspoilt { exponent as u8 } else { E8M0_NAN };
                 if unspoilt && E::round(e8m0_value(exponent)) == 0.0 { 127 } else { exponent }
             }
+            MicroDialect::TensorGroup => {
+                /// What stands for a scale of zero, 0.125.
+                const EPSILON: u8 = 4 << 3;
+                let scale = global * E::round(magnitude / largest);
+                let scale = if scale > E4M3_MAX { E4M3_MAX } else { scale };
+                match e4m3(scale) {
+                    _ if !magnitude.is_finite() => E4M3_NAN,
+                    0 => EPSILON,
+                    code => code,
+                }
+            }
             MicroDialect::MlxPower if magnitude == 0.0 => 127,
             MicroDialect::MlxPower => e8m0_ceil(magnitude / largest),
             MicroDialect::MlxE4m3 => {
@@ -207,6 +280,7 @@ impl MicroScheme {
 /// The encoding of one tile.
 struct Encode<'a, E: Element> {
     scheme: &'a MicroScheme,
+    global: f32,
     source: &'a [E::Raw],
     cols: usize,
     stride: usize,
@@ -225,7 +299,7 @@ impl<E: Element> Kernel for Encode<'_, E> {
 impl<E: Element> Encode<'_, E> {
     #[inline(always)]
     fn encode<const GROUP: usize>(self) {
-        let scheme = *self.scheme;
+        let (scheme, global) = (*self.scheme, self.global);
         let bits = scheme.bits();
         let searched = scheme.quality == Quality::Search && scheme.float == MicroFloat::E2m1;
         let mut row_codes = vec![0; self.cols];
@@ -246,13 +320,13 @@ impl<E: Element> Encode<'_, E> {
             for (group, magnitude) in row.chunks_exact(group).zip(&mut magnitudes) {
                 *magnitude = E::magnitude(group);
             }
-            scheme.scales::<E>(&magnitudes, scales);
+            scheme.scales::<E>(&magnitudes, global, scales);
             if searched {
                 for (group, scale) in groups.iter().zip(scales.iter_mut()) {
-                    *scale = search::<E, GROUP>(&scheme, group, *scale);
+                    *scale = search::<E, GROUP>(&scheme, global, group, *scale);
                 }
             }
-            scheme.values(scales, &mut values);
+            scheme.values(scales, global, &mut values);
             let mut all_moderate = true;
             for value in &values {
                 all_moderate &= is_moderate(*value);
@@ -260,6 +334,7 @@ impl<E: Element> Encode<'_, E> {
             for (factor, value) in factors.iter_mut().zip(&values) {
                 let reciprocal = 1.0 / value;
                 *factor = match scheme.dialect {
+                    MicroDialect::TensorGroup => *value,
                     MicroDialect::MlxE4m3 if E::SIZE == 4 => *value,
                     MicroDialect::MlxE4m3 => reciprocal * SHORT,
                     _ => reciprocal,
@@ -272,7 +347,7 @@ impl<E: Element> Encode<'_, E> {
             if !all_moderate {
                 let out = row_codes.as_chunks_mut::<GROUP>().0;
                 for ((group, out), scale) in groups.iter().zip(out).zip(scales) {
-                    let scale = scheme.scale_value(*scale);
+                    let scale = scheme.scale_value(*scale, global);
                     if !is_moderate(scale) {
                         encode_odd_group::<E, GROUP>(&scheme, group, scale, out);
                     }
@@ -307,6 +382,9 @@ fn encode_row<E: Element>(scheme: &MicroScheme, row: &[E::Raw], spread: &[f32], 
         (_, MicroDialect::MlxPower) => {
             write::<E>(row, spread, out, |x, r| e2m1_down_code(x * r));
         }
+        (_, MicroDialect::TensorGroup) => {
+            write::<E>(row, spread, out, |x, scale| e2m1_code(x / scale));
+        }
         (_, MicroDialect::MlxE4m3) if E::SIZE == 4 => {
             write::<E>(row, spread, out, |x, scale| e2m1_down_code(x / scale));
         }
@@ -340,10 +418,11 @@ fn encode_odd_group<E: Element, const GROUP: usize>(
         return;
     }
     let is_rounded = scheme.dialect == MicroDialect::CompressedTensors;
+    let is_even = is_rounded || scheme.dialect == MicroDialect::TensorGroup;
     for (&raw, out) in group.iter().zip(out) {
         let x = E::widen(raw) / scale;
         let x = if is_rounded { E::round(x) } else { x };
-        *out = match (scheme.float, is_rounded) {
+        *out = match (scheme.float, is_even) {
             (MicroFloat::E4m3, _) => e4m3_code(x),
             (MicroFloat::E2m1, true) => e2m1_code(x),
             (MicroFloat::E2m1, false) => e2m1_down_code(x),
@@ -373,15 +452,14 @@ fn e2m1_down_code(x: f32) -> u8 {
 #[inline(always)]
 fn search<E: Element, const GROUP: usize>(
     scheme: &MicroScheme,
+    global: f32,
     group: &[E::Raw; GROUP],
     reference: u8,
 ) -> u8 {
     // An E4M3 scale spans a factor of two in eight steps.
-    let steps: &[i16] = match scheme.dialect {
-        MicroDialect::MlxE4m3 => &[-3, -2, -1, 1, 2, 3, 4, 5],
-        _ => &[-1, 1],
-    };
-    let lowest = E::round(scheme.scale_value(reference));
+    let steps: &[i16] =
+        if scheme.has_e4m3_scales() { &[-3, -2, -1, 1, 2, 3, 4, 5] } else { &[-1, 1] };
+    let lowest = scheme.scale_value(reference, global);
     if !(f32::from_bits(67 << 23)..=f32::from_bits(187 << 23)).contains(&lowest) {
         return reference;
     }
@@ -389,15 +467,16 @@ fn search<E: Element, const GROUP: usize>(
     for (x, &raw) in x.iter_mut().zip(group) {
         *x = E::widen(raw);
     }
-    let mut best = (reference, error(&x, scheme.scale_value(reference)));
+    let mut best = (reference, error(&x, scheme.scale_value(reference, global)));
     for step in steps {
         let code = i16::from(reference) + step;
-        if !(1..=126).contains(&code) && scheme.dialect == MicroDialect::MlxE4m3 {
+        if !(1..=126).contains(&code) && scheme.has_e4m3_scales() {
             continue;
         }
         let code = code as u8;
-        let scale = scheme.scale_value(code);
-        if E::round(scale) != scale {
+        let scale = scheme.scale_value(code, global);
+        // A power of two that a loader can't hold.
+        if !scheme.has_e4m3_scales() && E::round(scale) != scale {
             continue;
         }
         let error = error(&x, scale);

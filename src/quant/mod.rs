@@ -166,6 +166,7 @@ impl Scheme {
     /// no [`survey`](Self::survey).
     pub fn scalar(&self, dtype: Dtype) -> Option<Part> {
         match self {
+            Self::Micro(scheme) => scheme.scalar(),
             Self::Fp8(scheme) => scheme.scalar(dtype),
             _ => None,
         }
@@ -174,6 +175,7 @@ impl Scheme {
     /// The bytes of [`scalar`](Self::scalar); none where there is none.
     pub fn scalar_bytes(&self, dtype: Dtype, survey: &Survey) -> Vec<u8> {
         match self {
+            Self::Micro(scheme) => scheme.scalar_bytes(dtype, survey),
             Self::Fp8(scheme) => scheme.scalar_bytes(dtype, survey),
             _ => Vec::new(),
         }
@@ -187,7 +189,7 @@ impl Scheme {
     /// Adds the window of one chunk to what is known of a weight. Windows come in the grid's order.
     pub fn survey(&self, isa: Isa, tile: &Tile<'_>, survey: &mut Survey) {
         match self {
-            Self::Fp8(_) if self.is_surveyed() => survey.add_magnitudes(isa, tile),
+            Self::Micro(_) | Self::Fp8(_) if self.is_surveyed() => survey.add_magnitudes(isa, tile),
             _ => {}
         }
     }
@@ -203,7 +205,7 @@ impl Scheme {
         match self {
             Self::Int(scheme) => scheme.encode(isa, tile, out),
             Self::Affine(scheme) => scheme.encode(isa, tile, out),
-            Self::Micro(scheme) => scheme.encode(isa, tile, out),
+            Self::Micro(scheme) => scheme.encode(isa, tile, survey, out),
             Self::Fp8(scheme) => scheme.encode(isa, tile, survey, out),
             Self::Codebook(scheme) => scheme.encode(isa, tile, out),
             Self::LlmInt8(scheme) => scheme.encode(isa, tile, out),

@@ -133,7 +133,7 @@ pub(super) fn classify(tensors: &[Entry<'_>], config: Option<&Value>) -> Vec<Kin
 
 /// The group of modules that engines fuse into one weight, as parent and family: all members of
 /// a group share one scheme.
-pub(super) fn fused_group(module: &str) -> Option<(&str, &'static str)> {
+pub fn fused_group(module: &str) -> Option<(&str, &'static str)> {
     let (parent, leaf) = split_last(module);
     let family = match leaf {
         "q_proj" | "k_proj" | "v_proj" | "query" | "key" | "value" | "wq" | "wk" | "wv" | "q"

@@ -15,6 +15,7 @@ use crate::quant::{Granularity, Quality, Real, Scheme, Storage};
 use crate::source::{Catalog, Tensor, TensorId};
 use crate::threads;
 use ignore::KeptModule;
+pub use linear::fused_group;
 use linear::{Kind, Reason};
 use pattern::Patterns;
 

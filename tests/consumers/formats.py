@@ -24,6 +24,7 @@ FORMATS = {
     "ct-fp8-tensor": 19,
     "ct-fp8-block": 19,
     "fp8-block": 20,
+    "ct-nvfp4": 8,
     "ct-mxfp4": 7,
     "ct-mxfp8": 20,
     "bnb-nf4": 9,

@@ -11,6 +11,7 @@ fn schemes(quality: Quality) -> Vec<Scheme> {
     for (float, dialect) in [
         (MicroFloat::E2m1, MicroDialect::CompressedTensors),
         (MicroFloat::E4m3, MicroDialect::CompressedTensors),
+        (MicroFloat::E2m1, MicroDialect::TensorGroup),
         (MicroFloat::E2m1, MicroDialect::MlxPower),
         (MicroFloat::E4m3, MicroDialect::MlxPower),
         (MicroFloat::E2m1, MicroDialect::MlxE4m3),

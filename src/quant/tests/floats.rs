@@ -46,6 +46,13 @@ fn floor_log2(x: f64) -> i32 {
 fn naive_micro(f: Float, scheme: MicroScheme, cols: usize, weight: &[f32]) -> Defined {
     let small = if scheme.float == MicroFloat::E2m1 { E2M1 } else { E4M3 };
     let ours = scheme.dialect == MicroDialect::CompressedTensors;
+    let ties_to_even = ours || scheme.dialect == MicroDialect::TensorGroup;
+    let global = {
+        let largest = weight.iter().fold(0f32, |m, &x| m.max(x.abs()));
+        let largest = largest.max(power_of_two(f.min_exponent) as f32);
+        let global = f.round(f.round(1.0 / largest) * 2688.0);
+        if global.is_finite() { global } else { 1.0 }
+    };
     let (mut codes, mut scales, mut values) = (vec![], vec![], vec![]);
     for xs in weight.chunks(scheme.group_size() as usize) {
         let largest = xs.iter().fold(0f32, |m, &x| m.max(x.abs()));
@@ -67,6 +74,14 @@ fn naive_micro(f: Float, scheme: MicroScheme, cols: usize, weight: &[f32]) -> De
                 let scale = f.round(power_of_two(exponent) as f32);
                 if scale == 0.0 { (127, 1.0) } else { ((exponent + 127) as u8, scale) }
             }
+            MicroDialect::TensorGroup => {
+                let scale = (global * f.round(largest / 6.0)).min(448.0);
+                let code = match E4M3.nearest(scale, true) {
+                    0 => E4M3.nearest(0.125, true),
+                    code => code,
+                };
+                (code, E4M3.value(code) as f32 / global)
+            }
             MicroDialect::MlxPower if largest == 0.0 => (127, 1.0),
             MicroDialect::MlxPower => {
                 let ratio = f64::from(largest / small.max());
@@ -85,9 +100,9 @@ fn naive_micro(f: Float, scheme: MicroScheme, cols: usize, weight: &[f32]) -> De
             let x = if scale == 0.0 { 0.0 } else { x / scale };
             let x = if ours { f.round(x) } else { x };
             let magnitude = x.abs().min(small.max());
-            let even = ours || scheme.float == MicroFloat::E4m3;
+            let even = ties_to_even || scheme.float == MicroFloat::E4m3;
             let q = small.nearest(magnitude, even);
-            let negative = match (scheme.float, ours) {
+            let negative = match (scheme.float, ties_to_even) {
                 (MicroFloat::E4m3, _) => x.is_sign_negative() && scale != 0.0,
                 (MicroFloat::E2m1, true) => x < 0.0,
                 (MicroFloat::E2m1, false) => x < 0.0 && q > 0,
@@ -103,17 +118,22 @@ fn naive_micro(f: Float, scheme: MicroScheme, cols: usize, weight: &[f32]) -> De
         MicroFloat::E2m1 => codes.chunks(2).map(|pair| pair[0] | pair[1] << 4).collect(),
     };
     assert_eq!(weight.len() % cols, 0);
-    Defined { parts: vec![packed, scales], values }
+    let mut parts = vec![packed, scales];
+    if scheme.dialect == MicroDialect::TensorGroup {
+        parts.push(global.to_le_bytes().into());
+    }
+    Defined { parts, values }
 }
 
 #[test]
 fn microscaled_codes_are_as_defined() {
-    use MicroDialect::{CompressedTensors, MlxE4m3, MlxPower};
+    use MicroDialect::{CompressedTensors, MlxE4m3, MlxPower, TensorGroup};
     use MicroFloat::{E2m1, E4m3};
     for f in FLOATS {
         for (float, dialect) in [
             (E2m1, CompressedTensors),
             (E4m3, CompressedTensors),
+            (E2m1, TensorGroup),
             (E2m1, MlxPower),
             (E4m3, MlxPower),
             (E2m1, MlxE4m3),
@@ -126,6 +146,41 @@ fn microscaled_codes_are_as_defined() {
             check(f, Scheme::Micro(scheme), shape, &weight, &defined);
         }
     }
+}
+
+/// Weights whose largest magnitude is ordinary, tiny, or nothing at all.
+#[test]
+fn a_scale_of_the_whole_weight_is_as_defined() {
+    let (float, dialect) = (MicroFloat::E2m1, MicroDialect::TensorGroup);
+    let scheme = MicroScheme { float, dialect, quality: Quality::Reference };
+    let shape = (40, 96);
+    for f in FLOATS {
+        for size in [0.0, 1e-38, 1e-6, 0.005, 0.02, 1.0, 30.0] {
+            let mut random = Random(3);
+            let weight: Vec<f32> =
+                (0..shape.0 * shape.1).map(|_| f.round(random.normal() * size)).collect();
+            let defined = naive_micro(f, scheme, shape.1, &weight);
+            check(f, Scheme::Micro(scheme), shape, &weight, &defined);
+        }
+    }
+}
+
+#[test]
+fn a_search_holds_the_scale_of_a_whole_weight_that_f16_cannot() {
+    let f = FLOATS[1];
+    let mut random = Random(5);
+    let weight: Vec<f32> = (0..64 * 64).map(|_| f.round(random.normal() * 0.004)).collect();
+    let bytes = stored(f, &weight);
+    let data = Reals::new(f.dtype, &bytes).expect("a float type");
+    let global = |quality| {
+        let (float, dialect) = (MicroFloat::E2m1, MicroDialect::TensorGroup);
+        let scheme = Scheme::Micro(MicroScheme { float, dialect, quality });
+        let parts = encode(scheme, Isa::detect(), data, (64, 64), u64::MAX);
+        f32::from_le_bytes(parts[2].as_slice().try_into().expect("one F32"))
+    };
+    let largest = weight.iter().fold(0f32, |m, &x| m.max(x.abs()));
+    assert_eq!(global(Quality::Reference), 1.0);
+    assert_eq!(global(Quality::Search), 2688.0 / largest);
 }
 
 fn naive_fp8(f: Float, scheme: Fp8Scheme, (rows, cols): (usize, usize), weight: &[f32]) -> Defined {
