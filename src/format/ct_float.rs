@@ -209,7 +209,7 @@ impl Format for CtFloat {
                 Decision::Quantize(scheme) => {
                     plan.encode(id, scheme, self.suffixes);
                     if let Some(suffix) = self.scalar {
-                        plan.scalar(suffix);
+                        plan.scalar(suffix, None);
                     }
                 }
                 Decision::Keep { .. } => plan.keep(id),
