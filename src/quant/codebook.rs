@@ -188,6 +188,11 @@ impl Steps {
 }
 
 impl CodebookScheme {
+    /// The table of quantized scales, in the order of codes.
+    pub fn nested_table() -> [f32; 256] {
+        nested::TABLE
+    }
+
     pub(super) fn accepts(&self, dtype: Dtype, shape: &[u64]) -> Result<(), String> {
         let (rows, cols) = matrix(dtype, shape)?;
         if self.block_size == 0 || !self.block_size.is_multiple_of(4) {
@@ -230,10 +235,8 @@ impl CodebookScheme {
         let weights = shape[0] * shape[1];
         let unit = self.unit();
         let bytes = |weights: u64| self.parts(dtype, &[1, weights]).into_iter().map(|p| p.bytes());
-        let parts: Vec<PartBytes> = bytes(unit)
-            .zip(bytes(weights))
-            .map(|(unit, slab)| PartBytes { unit, slab })
-            .collect();
+        let parts: Vec<PartBytes> =
+            bytes(unit).zip(bytes(weights)).map(|(unit, slab)| PartBytes { unit, slab }).collect();
         let element = (dtype.bitsize() / 8) as u64;
         Grid::new((1, 1, weights), Axis::Cols, unit, &parts, element, source_bytes)
     }
@@ -244,13 +247,7 @@ impl CodebookScheme {
         u64::from(self.block_size) * if self.double { SCALES as u64 } else { 2 }
     }
 
-    pub(super) fn encode(
-        &self,
-        isa: Isa,
-        tile: &Tile<'_>,
-        survey: &Survey,
-        out: &mut [&mut [u8]],
-    ) {
+    pub(super) fn encode(&self, isa: Isa, tile: &Tile<'_>, survey: &Survey, out: &mut [&mut [u8]]) {
         let weights = tile.cols;
         assert_eq!(tile.rows, 1, "a run of the flattened weight");
         let parts = self.parts(tile.data.dtype(), &[1, weights as u64]);
