@@ -2,6 +2,7 @@
 
 mod support;
 
+use std::path::Path;
 use std::sync::LazyLock;
 
 use aq_fs::export::{Options, Step, export};
@@ -17,13 +18,55 @@ static MODEL: LazyLock<tempfile::TempDir> = LazyLock::new(|| {
     dir
 });
 
+/// Checkpoints that arrive quantized: [`MODEL`] in every format that can be decoded again.
+static QUANTIZED: LazyLock<Vec<(&'static str, tempfile::TempDir)>> = LazyLock::new(|| {
+    let quantized = |name: &'static str| {
+        let dir = tempfile::tempdir().expect("a directory");
+        let request = Request { format: name.to_owned(), ..Request::default() };
+        let view = View::open(MODEL.path(), &request, Budget::default()).expect("a view");
+        export(
+            &view,
+            dir.path(),
+            Options { threads: 2, overwrite: true, step: Step::Whole },
+            &|_, _| {},
+        )
+        .expect("exported");
+        match View::open(dir.path(), &dense(), Budget::default()) {
+            Ok(_) => Some((name, dir)),
+            Err(error) => {
+                assert!(error.to_string().contains("can't be decoded"), "{name}: {error}");
+                None
+            }
+        }
+    };
+    let names = FORMATS.iter().map(|format| format.name()).filter(|name| *name != "dense");
+    names.filter_map(quantized).collect()
+});
+
+/// What a source is shown as: every request of the plain one, and of a quantized one the plain
+/// numbers and formats that cut them in different ways.
+fn cases() -> Vec<(&'static Path, Request)> {
+    let mut cases: Vec<_> = requests().into_iter().map(|request| (MODEL.path(), request)).collect();
+    for (_, dir) in QUANTIZED.iter() {
+        for format in ["dense", "compressed-tensors", "mlx", "bnb-nf4", "fp8-block"] {
+            let request = Request { format: format.to_owned(), ..Request::default() };
+            cases.push((dir.path(), request));
+        }
+        cases.push((dir.path(), Request { dtype: Some(Real::F32), ..dense() }));
+    }
+    cases
+}
+
+fn dense() -> Request {
+    Request { format: "dense".to_owned(), ..Request::default() }
+}
+
 /// One request for every format as it is by default, and variants of those that take them.
 fn requests() -> Vec<Request> {
     let mut requests: Vec<Request> = FORMATS
         .iter()
         .map(|format| Request { format: format.name().to_owned(), ..Request::default() })
         .collect();
-    let dense = || Request { format: "dense".to_owned(), ..Request::default() };
     for dtype in [Real::Bf16, Real::F16, Real::F32] {
         requests.push(Request { dtype: Some(dtype), ..dense() });
     }
@@ -31,6 +74,10 @@ fn requests() -> Vec<Request> {
         let simulate = Some(format.name().to_owned());
         requests.push(Request { simulate: simulate.clone(), ..dense() });
         requests.push(Request { simulate, dtype: Some(Real::F32), ..dense() });
+    }
+    for quality in [Quality::Reference, Quality::Search] {
+        let format = "bnb-nf4".to_owned();
+        requests.push(Request { format, double_quant: true, quality, ..Request::default() });
     }
     for bits in 2..=8 {
         for symmetric in [true, false] {
@@ -57,12 +104,12 @@ fn whole(view: &View, file: NodeId) -> Vec<u8> {
 
 /// Every file of the oracle, which encodes each weight as one chunk and keeps none of it.
 static ORACLES: LazyLock<Vec<Vec<Vec<u8>>>> = LazyLock::new(|| {
-    let oracle = |request: &Request| {
+    let oracle = |(source, request): &(&Path, Request)| {
         let budget = Budget { cache: 0, chunk: u64::MAX, ahead: 0 };
-        let view = View::open(MODEL.path(), request, budget).expect("a view");
+        let view = View::open(source, request, budget).expect("a view");
         (0..view.tree().nodes().len()).map(|file| whole(&view, file)).collect()
     };
-    requests().iter().map(oracle).collect()
+    cases().iter().map(oracle).collect()
 });
 
 proptest! {
@@ -70,14 +117,14 @@ proptest! {
 
     #[test]
     fn every_read_is_a_slice_of_the_whole(
-        which in 0..requests().len(),
+        which in 0..cases().len(),
         cache in prop_oneof![Just(0u64), 1u64..200_000, Just(1 << 30)],
         chunk in prop_oneof![Just(1u64), 1u64..100_000, Just(1 << 20)],
         ahead in prop_oneof![Just(0u64), 1u64..1_000_000],
         reads in prop::collection::vec((any::<prop::sample::Index>(), any::<prop::sample::Index>(), 0usize..70_000), 1..40),
     ) {
-        let request = &requests()[which];
-        let view = View::open(MODEL.path(), request, Budget { cache, chunk, ahead }).expect("a view");
+        let (source, request) = &cases()[which];
+        let view = View::open(source, request, Budget { cache, chunk, ahead }).expect("a view");
         let oracle = &ORACLES[which];
         for (file, offset, len) in reads {
             let file = file.index(oracle.len());
@@ -114,6 +161,29 @@ fn an_export_is_what_a_view_shows() {
         }
         assert_eq!(summary.files, files);
         assert_eq!(std::fs::read_dir(out.path()).expect("listed").count(), files);
+    }
+}
+
+#[test]
+fn a_quantized_source_is_read_once_and_is_the_same_in_small_chunks() {
+    assert!(QUANTIZED.len() >= 10);
+    for ((source, request), oracle) in cases().iter().zip(ORACLES.iter()) {
+        if *source == MODEL.path() {
+            continue;
+        }
+        for chunk in [5_000, 1 << 20] {
+            let budget = Budget { cache: 1 << 30, chunk, ahead: 0 };
+            let view = View::open(source, request, budget).expect("a view");
+            for (file, expected) in oracle.iter().enumerate() {
+                assert!(&whole(&view, file) == expected, "{request:?} of {source:?}: {file}");
+            }
+            let all: u64 = std::fs::read_dir(source)
+                .expect("listed")
+                .map(|entry| entry.expect("an entry").metadata().expect("known").len())
+                .sum();
+            let read = view.stats().source_bytes;
+            assert!(chunk < 1 << 20 || read * 10 <= all * 11, "{request:?}: {read} of {all}");
+        }
     }
 }
 

@@ -148,9 +148,9 @@ fn plan(
             plan.keep(id);
             continue;
         };
-        let module = module_of(&tensor.name);
-        let int = if is_expert(module) { experts } else { int };
-        has_experts |= is_expert(module);
+        let is_expert = is_expert(module_of(&tensor.name));
+        let int = if is_expert { experts } else { int };
+        has_experts |= is_expert;
         let parts: &[&str] = match (int.packing, int.symmetric) {
             (Packing::Packed32, true) => &["weight_packed", "weight_scale"],
             (Packing::Packed32, false) => &["weight_packed", "weight_scale", "weight_zero_point"],
@@ -159,8 +159,8 @@ fn plan(
         };
         plan.encode(id, scheme, parts);
         if int.packing == Packing::Packed32 {
-            let bytes: Vec<u8> = tensor.shape.iter().flat_map(|dim| dim.to_le_bytes()).collect();
-            plan.inline(id, "weight_shape", (Dtype::I64, &[2]), bytes);
+            let shape = [tensor.shape[0], tensor.shape[1]].map(u64::to_le_bytes);
+            plan.inline(id, "weight_shape", (Dtype::I64, &[2]), shape.as_flattened());
         }
     }
     let experts = (has_experts && experts != int).then_some(experts);
@@ -177,8 +177,9 @@ fn experts_scheme(catalog: &Catalog, scheme: IntScheme) -> IntScheme {
     let packed = IntScheme { symmetric: true, packing: Packing::Packed32, ..scheme };
     let fits = catalog.tensors().iter().all(|tensor| {
         let Some(module) = tensor.name.strip_suffix(".weight") else { return true };
-        let is_matrix = tensor.shape.len() == 2 && is_expert(module);
-        !is_matrix || Scheme::Int(packed).accepts(tensor.dtype, &tensor.shape).is_ok()
+        tensor.shape.len() != 2
+            || Scheme::Int(packed).accepts(tensor.dtype, &tensor.shape).is_ok()
+            || !is_expert(module)
     });
     if fits { packed } else { IntScheme { granularity: Granularity::Channel, ..packed } }
 }

@@ -6,7 +6,6 @@
 
 mod bitsandbytes;
 mod compressed_tensors;
-pub(crate) mod config;
 mod ct_float;
 mod dense;
 mod fp8_block;
@@ -17,6 +16,7 @@ mod takes;
 use std::borrow::Cow;
 use std::collections::HashMap;
 use std::fmt::Debug;
+use std::sync::Arc;
 
 use serde_json::{Map, Value};
 
@@ -24,7 +24,7 @@ use crate::dtype::{self, Dtype};
 use crate::error::{self, Result};
 use crate::quant::{CastScheme, Grid, Isa, Part, Real, Scheme, Survey, Tile};
 use crate::recipe::{Assignment, Request, fused_group, module_of};
-use crate::source::{Catalog, Tensor, TensorId};
+use crate::source::{Catalog, Edit, Tensor, TensorId};
 pub use takes::{Grain, Takes, ranges};
 
 /// One way of writing down a quantized checkpoint.
@@ -106,7 +106,8 @@ pub fn find(name: &str) -> Result<&'static dyn Format> {
 pub struct Plan {
     /// What happens to every tensor.
     pub assignment: Assignment,
-    /// The weights that are encoded, in source order.
+    /// The weights that are encoded, in source order, and then whatever else is not stored as it is
+    /// shown.
     pub weights: Vec<Weight>,
     /// The source tensors, of one scheme, that are surveyed together before any of them can be
     /// encoded.
@@ -120,16 +121,12 @@ pub struct Plan {
     pub nested: Vec<(String, Edit)>,
     /// The `format` of every shard's metadata.
     pub framework: &'static str,
+    /// Metadata that the next weights may have too.
+    inlines: Vec<Arc<Inline>>,
 }
 
-/// A change of a JSON object.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Edit {
-    /// Members to be removed.
-    pub remove: Vec<&'static str>,
-    /// Members that are added, or replace others.
-    pub set: Map<String, Value>,
-}
+/// Metadata that is remembered to be shared; a layer has weights of few shapes.
+const INLINES: usize = 16;
 
 /// A weight that is encoded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -189,14 +186,7 @@ pub enum Content {
     /// Straight from the source tensor.
     Source,
     /// Small metadata, here.
-    Inline {
-        /// Its element type.
-        dtype: Dtype,
-        /// Its shape.
-        shape: Box<[u64]>,
-        /// Its bytes.
-        bytes: Box<[u8]>,
-    },
+    Inline(Arc<Inline>),
     /// A part of an encoded weight.
     Part {
         /// Position in [`Plan::weights`].
@@ -214,6 +204,17 @@ pub enum Content {
     },
 }
 
+/// Small metadata. Weights that are alike share theirs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Inline {
+    /// Its element type.
+    pub dtype: Dtype,
+    /// Its shape.
+    pub shape: Box<[u64]>,
+    /// Its bytes.
+    pub bytes: Box<[u8]>,
+}
+
 impl Plan {
     /// A plan with nothing in it yet.
     fn new(assignment: Assignment, tensors: usize) -> Self {
@@ -225,6 +226,7 @@ impl Plan {
             config: Map::new(),
             nested: Vec::new(),
             framework: "pt",
+            inlines: Vec::new(),
         }
     }
 
@@ -288,6 +290,21 @@ impl Plan {
         self.weights.push(weight);
     }
 
+    /// Has every kept tensor that is stored quantized shown as the numbers that it stands for.
+    pub(crate) fn decode_kept(&mut self, catalog: &Catalog) {
+        for item in self.items.iter_mut().filter(|item| item.content == Content::Source) {
+            let tensor = &catalog[item.tensor];
+            if tensor.is_plain() || tensor.shape.contains(&0) {
+                continue;
+            }
+            let to = Real::new(tensor.dtype).expect("what is decoded are reals");
+            let scheme = Scheme::Cast(CastScheme { to });
+            let weight = Weight { tensor: item.tensor, scheme, survey: None, decoded: None };
+            item.content = Content::Part { weight: self.weights.len(), part: 0 };
+            self.weights.push(weight);
+        }
+    }
+
     /// Declares the quantization, if there is any.
     fn declare(&mut self, member: &str, value: Value) {
         if !self.weights.is_empty() {
@@ -301,18 +318,40 @@ impl Plan {
         id: TensorId,
         suffix: &'static str,
         (dtype, shape): (Dtype, &[u64]),
-        bytes: impl Into<Box<[u8]>>,
+        bytes: impl AsRef<[u8]>,
     ) {
-        let content = Content::Inline { dtype, shape: shape.into(), bytes: bytes.into() };
+        let bytes = bytes.as_ref();
+        let is_alike = |known: &&Arc<Inline>| {
+            *known.bytes == *bytes && *known.shape == *shape && known.dtype == dtype
+        };
+        let inline = self.inlines.iter().find(is_alike).cloned().unwrap_or_else(|| {
+            let inline = Arc::new(Inline { dtype, shape: shape.into(), bytes: bytes.into() });
+            self.inlines.truncate(INLINES - 1);
+            self.inlines.push(inline.clone());
+            inline
+        });
+        let content = Content::Inline(inline);
         self.items.push(Item { tensor: id, suffix: Some(suffix), content });
+    }
+
+    /// The name of an item, the suffix with the dot before it apart.
+    pub fn name_parts<'a>(
+        &self,
+        catalog: &'a Catalog,
+        item: &Item,
+    ) -> (&'a str, Option<&'static str>) {
+        let name = catalog[item.tensor].name.as_str();
+        match item.suffix {
+            None => (name, None),
+            Some(suffix) => (module_of(name), Some(suffix)),
+        }
     }
 
     /// The name of an item.
     pub fn name<'a>(&self, catalog: &'a Catalog, item: &Item) -> Cow<'a, str> {
-        let name = catalog[item.tensor].name.as_str();
-        match item.suffix {
-            None => name.into(),
-            Some(suffix) => format!("{}.{suffix}", module_of(name)).into(),
+        match self.name_parts(catalog, item) {
+            (name, None) => name.into(),
+            (module, Some(suffix)) => format!("{module}.{suffix}").into(),
         }
     }
 
@@ -321,7 +360,7 @@ impl Plan {
         let tensor = &catalog[item.tensor];
         match &item.content {
             Content::Source => (tensor.dtype, tensor.shape.as_slice().into()),
-            Content::Inline { dtype, shape, .. } => (*dtype, (&**shape).into()),
+            Content::Inline(inline) => (inline.dtype, (&*inline.shape).into()),
             Content::Part { weight, part } => {
                 let part = self.weights[*weight].parts(tensor).swap_remove(*part);
                 (part.dtype, part.shape.into())

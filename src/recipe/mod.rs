@@ -3,7 +3,6 @@
 mod ignore;
 mod linear;
 mod pattern;
-mod quantized;
 
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -14,6 +13,7 @@ use crate::dtype::Dtype;
 use crate::error::Result;
 use crate::quant::{Granularity, Quality, Real, Scheme, Storage};
 use crate::source::{Catalog, Tensor, TensorId};
+use crate::threads;
 use ignore::KeptModule;
 pub use linear::fused_group;
 use linear::{Kind, Reason};
@@ -123,7 +123,7 @@ impl Assignment {
     /// the scheme. Weights that loaders fuse into one share one decision.
     ///
     /// # Errors
-    /// `Invalid` for a malformed pattern, `Unsupported` for a checkpoint that is quantized already.
+    /// `Invalid` for a malformed pattern.
     pub fn new(
         catalog: &Catalog,
         config: Option<&Value>,
@@ -155,7 +155,6 @@ impl Assignment {
         schemes: Schemes,
         ends: Ends,
     ) -> Result<Self> {
-        quantized::refuse(catalog, config)?;
         let skip = Patterns::new("--skip", &request.skip)?;
         let only = Patterns::new("--only", &request.only)?;
         let entries: Vec<linear::Entry<'_>> = catalog
@@ -168,12 +167,13 @@ impl Assignment {
             })
             .collect();
         let kinds = linear::classify(&entries, config);
-        let mut decisions: Vec<Decision> = catalog
-            .tensors()
-            .iter()
-            .zip(&kinds)
-            .map(|(tensor, kind)| decide(tensor, *kind, &skip, &only, schemes, ends))
-            .collect();
+        let decided = threads::map_ranges(kinds.len(), |range| {
+            let tensors = catalog.tensors()[range.clone()].iter().zip(&kinds[range]);
+            tensors
+                .map(|(tensor, kind)| decide(tensor, *kind, &skip, &only, schemes, ends))
+                .collect::<Vec<_>>()
+        });
+        let mut decisions: Vec<Decision> = decided.into_iter().flatten().collect();
         keep_fused_together(catalog, &mut decisions);
         let mut warnings = Vec::new();
         let modules = || catalog.tensors().iter().map(|tensor| module_of(&tensor.name));
@@ -189,7 +189,7 @@ impl Assignment {
         }
         let experts = |wanted: &dyn Fn(&Decision) -> bool| {
             catalog.tensors().iter().zip(&kinds).zip(&decisions).any(|((t, kind), d)| {
-                *kind == Kind::Linear && is_expert(module_of(&t.name)) && wanted(d)
+                *kind == Kind::Linear && wanted(d) && is_expert(module_of(&t.name))
             })
         };
         if experts(&|decision| matches!(decision, Decision::Keep { .. }))
@@ -245,11 +245,12 @@ pub fn module_of(tensor: &str) -> &str {
 
 /// Whether the module belongs to one of several experts that are stored one by one.
 pub fn is_expert(module: &str) -> bool {
-    module.split_once("experts.").is_some_and(|(parent, rest)| {
-        let expert = rest.split('.').next().unwrap_or(rest);
-        (parent.is_empty() || parent.ends_with('.'))
-            && !expert.is_empty()
-            && expert.bytes().all(|byte| byte.is_ascii_digit())
+    let mut expert = "";
+    module.rsplit('.').any(|component| {
+        let below = std::mem::replace(&mut expert, component);
+        component == "experts"
+            && !below.is_empty()
+            && below.bytes().all(|byte| byte.is_ascii_digit())
     })
 }
 
@@ -317,25 +318,25 @@ fn decide(
 /// Keeps the rest of a fused group (q/k/v, gate/up, …) where one of it is kept: engines load the
 /// group as one weight, with one scheme.
 fn keep_fused_together(catalog: &Catalog, decisions: &mut [Decision]) {
-    let mut groups: HashMap<(&str, &str), Vec<TensorId>> = HashMap::new();
-    for (id, tensor) in catalog.tensors().iter().enumerate() {
-        let Some(module) = tensor.name.strip_suffix(".weight") else { continue };
-        if let Some(group) = linear::fused_group(module) {
-            groups.entry(group).or_default().push(id);
+    let group = |id: TensorId| linear::fused_group(catalog[id].name.strip_suffix(".weight")?);
+    let mut kept = HashMap::new();
+    for (id, decision) in decisions.iter().enumerate() {
+        if let Decision::Keep { reason, .. } = decision
+            && let Some(group) = group(id)
+        {
+            kept.entry(group).or_insert_with(|| (id, reason.clone()));
         }
     }
-    for ids in groups.into_values() {
-        let kept = ids.iter().find_map(|id| match &decisions[*id] {
-            Decision::Keep { reason, .. } => Some((*id, reason.clone())),
-            Decision::Quantize(_) => None,
-        });
-        let Some((kept, reason)) = kept else { continue };
-        let leaf = module_of(&catalog[kept].name).rsplit('.').next().unwrap_or_default();
-        for id in ids {
-            if matches!(decisions[id], Decision::Quantize(_)) {
-                let reason = format!("fused with {leaf}, which is kept: {reason}").into();
-                decisions[id] = Decision::Keep { reason, linear: true };
-            }
+    if kept.is_empty() {
+        return;
+    }
+    for (id, decision) in decisions.iter_mut().enumerate() {
+        if matches!(decision, Decision::Quantize(_))
+            && let Some((kept, reason)) = group(id).and_then(|group| kept.get(&group))
+        {
+            let leaf = module_of(&catalog[*kept].name).rsplit('.').next().unwrap_or_default();
+            let reason = format!("fused with {leaf}, which is kept: {reason}").into();
+            *decision = Decision::Keep { reason, linear: true };
         }
     }
 }
@@ -354,4 +355,26 @@ fn ignored(catalog: &Catalog, kinds: &[Kind], decisions: &[Decision]) -> Vec<Str
         }
     }
     ignore::ignore(&kept, &quantized)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_expert_has_a_number_below_a_module_named_experts() {
+        #[track_caller]
+        fn check(module: &str, expected: bool) {
+            assert_eq!(is_expert(module), expected, "{module}");
+        }
+        check("model.layers.3.mlp.experts.17.up_proj", true);
+        check("experts.0", true);
+        check("model.shared_experts.1.experts.2.up_proj", true);
+        check("model.layers.3.mlp.shared_experts.up_proj", false);
+        check("model.layers.3.mlp.shared_experts.0.up_proj", false);
+        check("model.layers.3.mlp.experts.gate_up_proj", false);
+        check("model.layers.3.mlp.experts", false);
+        check("model.layers.3.mlp.experts.1a.up_proj", false);
+        check("experts..up_proj", false);
+    }
 }

@@ -119,6 +119,7 @@ impl<'a> Walk<'a> {
                     Content::Dir => unreachable!("files are no directories"),
                     Content::Copy(file) => file.len(),
                     Content::Inline(bytes) => bytes.len() as u64,
+                    Content::Index(model) => self.models[*model].index_len().expect("it has one"),
                     Content::Shard { model, shard } => self.models[*model].shards()[*shard].len(),
                 };
                 self.add(node, name, modified, NodeKind::File { size }, content);
@@ -160,6 +161,10 @@ impl<'a> Walk<'a> {
             // What asks for plain numbers is meant for the pipeline's other components.
             (request.simulate, request.dtype) = (None, None);
         }
+        // A pipeline's own components are only passed on, in whatever types they are.
+        if !diffusers {
+            checkpoint.refuse_unknown_codes().map_err(place)?;
+        }
         let model = Model::new(checkpoint, format, &request, self.weights).map_err(place)?;
         let prefix = match below.as_os_str().is_empty() {
             true => String::new(),
@@ -184,6 +189,16 @@ impl<'a> Walk<'a> {
         let checkpoint = self.models[model].checkpoint();
         if checkpoint.shards().iter().any(|shard| shard.file.name() == name) {
             return None;
+        }
+        // What the config no longer declares, a loader might find beside it.
+        const DECLARATIONS: [&str; 4] = [
+            "quantize_config.json",
+            "quant_config.json",
+            "quantization_config.json",
+            "hf_quant_config.json",
+        ];
+        if checkpoint.is_decoded() && DECLARATIONS.contains(&name) {
+            return Some("it declares the quantization that is decoded");
         }
         let own_index = checkpoint.index().is_some_and(|index| index.file_name == name);
         let ends = |suffixes: &[&str]| suffixes.iter().any(|suffix| name.ends_with(suffix));
@@ -220,15 +235,14 @@ impl<'a> Walk<'a> {
                     false => Content::Shard { model: position, shard },
                 });
             }
-            let synthesized = match utf8 {
-                "config.json" => model.config_text(),
-                _ if model.checkpoint().index().is_some_and(|i| i.file_name == utf8) => {
-                    model.index_text()
-                }
-                _ => None,
-            };
-            if let Some(bytes) = synthesized {
-                return Ok(Content::Inline(bytes.into()));
+            if utf8 == "config.json"
+                && let Some(text) = model.config_text()
+            {
+                return Ok(Content::Inline(text.into()));
+            }
+            let index = model.checkpoint().index();
+            if index.is_some_and(|index| index.file_name == utf8) && model.index_len().is_some() {
+                return Ok(Content::Index(position));
             }
         }
         let (file, _) =
