@@ -48,8 +48,16 @@ fn schemes(quality: Quality) -> Vec<Scheme> {
         out.push(Scheme::Fp8(Fp8Scheme { grain, scale, whole_blocks: false }));
     }
     for codebook in [Codebook::Nf4, Codebook::Fp4] {
-        let (block_size, storage) = (64, Storage::U8);
-        out.push(Scheme::Codebook(CodebookScheme { codebook, block_size, storage, quality }));
+        for double in [false, true] {
+            let (block_size, storage) = (64, Storage::U8);
+            out.push(Scheme::Codebook(CodebookScheme {
+                codebook,
+                block_size,
+                storage,
+                double,
+                quality,
+            }));
+        }
     }
     out.push(Scheme::LlmInt8(LlmInt8Scheme));
     for (bits, order, symmetric) in [

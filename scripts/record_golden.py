@@ -31,6 +31,19 @@ def tensors(directory):
             yield name, [info["dtype"], info["shape"], digest]
 
 
+def loose(directory):
+    """The bytes of what double quantization does not make exactly so: quantized scales, and JSON."""
+    for path in sorted(directory.glob("*.safetensors")):
+        raw = path.read_bytes()
+        (length,) = struct.unpack_from("<Q", raw)
+        header = json.loads(raw[8 : 8 + length])
+        for name, info in header.items():
+            weight = name.partition(".weight.")[0] + ".weight"
+            if f"{weight}.nested_absmax" in header and (".quant_state." in name or name.endswith(".absmax")):
+                start, end = (8 + length + offset for offset in info["data_offsets"])
+                yield name, raw[start:end].hex()
+
+
 def parts(directory):
     """One digest per last component of the tensors' names."""
     lines = {}
@@ -51,6 +64,7 @@ for argument in sys.argv[1:]:
     recorded[directory.name] = {
         "quantization_config": config["quantization_config"],
         "tensors": dict(sorted(tensors(directory))),
+        "loose": dict(sorted(loose(directory))),
     }
 lines = []
 for name, checkpoint in sorted(recorded.items()):
@@ -59,8 +73,9 @@ for name, checkpoint in sorted(recorded.items()):
         for tensor, row in checkpoint["tensors"].items()
     )
     config = json.dumps(checkpoint["quantization_config"], sort_keys=True)
+    extra = f'    "loose": {json.dumps(checkpoint["loose"])},\n' if checkpoint["loose"] else ""
     lines.append(
-        f'  {json.dumps(name)}: {{\n    "quantization_config": {config},\n'
+        f'  {json.dumps(name)}: {{\n    "quantization_config": {config},\n{extra}'
         f'    "tensors": {{\n{rows}\n    }}\n  }}'
     )
 print("{\n" + ",\n".join(lines) + "\n}")

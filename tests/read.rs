@@ -84,6 +84,10 @@ fn requests() -> Vec<Request> {
         requests.push(Request { simulate: simulate.clone(), ..dense() });
         requests.push(Request { simulate, dtype: Some(Real::F32), ..dense() });
     }
+    for quality in [Quality::Reference, Quality::Search] {
+        let format = "bnb-nf4".to_owned();
+        requests.push(Request { format, double_quant: true, quality, ..Request::default() });
+    }
     for bits in 2..=8 {
         for symmetric in [true, false] {
             for granularity in [Granularity::Group(32), Granularity::Channel] {

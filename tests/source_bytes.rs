@@ -55,8 +55,10 @@ fn llama(dir: &Path) {
 fn a_sequential_pass_reads_the_source_once_and_a_surveyed_weight_twice() {
     let dir = tempfile::tempdir().expect("a directory");
     llama(dir.path());
-    for format in FORMATS.iter().filter(|format| !support::is_for_gpt_oss(format.name())) {
-        let request = Request { format: format.name().to_owned(), ..Request::default() };
+    let names = FORMATS.iter().map(|format| format.name());
+    let plain = names.filter(|name| !support::is_for_gpt_oss(name)).map(|name| (name, false));
+    for (format, double_quant) in plain.chain([("bnb-nf4", true), ("bnb-fp4", true)]) {
+        let request = Request { format: format.to_owned(), double_quant, ..Request::default() };
         // Far less than the 3 MB of 4-bit codes; a weight has 8 chunks or more.
         let budget = Budget { cache: 1 << 20, chunk: 64 << 10, ahead: 0 };
         let view = View::open(dir.path(), &request, budget).expect("a view");
@@ -72,6 +74,6 @@ fn a_sequential_pass_reads_the_source_once_and_a_surveyed_weight_twice() {
         let model = &view.models()[0];
         let most = if model.plan().surveys.is_empty() { 1.1 } else { 2.1 };
         let ratio = view.stats().source_bytes as f64 / model.source_len() as f64;
-        assert!((1.0..=most).contains(&ratio), "{}: {ratio} of at most {most}", format.name());
+        assert!((1.0..=most).contains(&ratio), "{request:?}: {ratio} of at most {most}");
     }
 }

@@ -187,6 +187,10 @@ struct RecipeArgs {
     #[arg(long, value_name = "TYPE", value_enum)]
     storage: Option<StorageArg>,
 
+    /// Quantize the scales of bitsandbytes' 4 bits as well
+    #[arg(long)]
+    double_quant: bool,
+
     /// Show plain numbers that carry the error of this format. Beside another --format: those of a
     /// diffusers pipeline's own components, which are shown as they are otherwise
     #[arg(long, value_name = "NAME")]
@@ -269,6 +273,7 @@ impl RecipeArgs {
                 StorageArg::F16 => Storage::F16,
                 StorageArg::F32 => Storage::F32,
             }),
+            double_quant: self.double_quant,
             simulate: self.simulate.clone(),
             dtype: self.dtype.map(|dtype| match dtype {
                 RealArg::Bf16 => Real::Bf16,

@@ -40,6 +40,7 @@ impl Format for Awq {
             symmetry: Some(false),
             scale_format: false,
             storage: false,
+            double_quant: false,
         }
     }
 

@@ -5,15 +5,23 @@
 //! ```text
 //! 4 bits
 //!   X.weight                                  U8   [R*C/2, 1]      the first of two in the upper half
-//!   X.weight.absmax                           F32  [ceil(R*C/n)]
+//!   X.weight.absmax                           F32  [B = ceil(R*C/n)]
 //!   X.weight.quant_map                        F32  [16]            the table
 //!   X.weight.quant_state.bitsandbytes__nf4    U8   [length]        JSON; or `__fp4`
+//!
+//! 4 bits with double quantization, in place of the F32 absmax
+//!   X.weight.absmax                           U8   [B]
+//!   X.weight.nested_absmax                    F32  [ceil(B/256)]
+//!   X.weight.nested_quant_map                 F32  [256]           the table of scales
 //!
 //! int8
 //!   X.weight                                  I8   [R, C]
 //!   X.SCB                                     F32  [R]             the largest magnitude of a row
 //!   X.weight_format                           U8   []              0, for rows
 //! ```
+//!
+//! With double quantization the JSON ends with a mean over the whole weight, and is padded with spaces
+//! to a length that does not depend on it.
 //!
 //! `X.weight` of 4 bits may be declared as BF16, F16 or F32, of the same bytes.
 //!
@@ -81,6 +89,7 @@ impl Format for FourBit {
             symmetry: Some(true),
             scale_format: false,
             storage: true,
+            double_quant: true,
         }
     }
 
@@ -95,33 +104,44 @@ impl Format for FourBit {
             unreachable!("blocks have a size")
         };
         let storage = request.storage.unwrap_or(Storage::U8);
-        let (codebook, quality) = (self.codebook, request.quality);
-        let scheme = Scheme::Codebook(CodebookScheme { codebook, block_size, storage, quality });
+        let (codebook, double, quality) = (self.codebook, request.double_quant, request.quality);
+        let scheme =
+            Scheme::Codebook(CodebookScheme { codebook, block_size, storage, double, quality });
         let assignment = Assignment::new(catalog, config, request, scheme)?;
         let mut plan = Plan::new(assignment, catalog.tensors().len() * 4);
-        let table: Vec<u8> = codebook.table().iter().flat_map(|x| x.to_le_bytes()).collect();
+        let bytes = |table: &[f32]| table.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>();
+        let (table, nested) = (bytes(&codebook.table()), bytes(&CodebookScheme::nested_table()));
         for (id, tensor) in catalog.tensors().iter().enumerate() {
             let Decision::Quantize(scheme) = plan.assignment[id] else {
                 plan.keep(id);
                 continue;
             };
-            plan.encode(id, scheme, &["weight", "weight.absmax"]);
+            let suffixes = ["weight", "weight.absmax", "weight.nested_absmax"];
+            plan.encode(id, scheme, if double { &suffixes } else { &suffixes[..2] });
             plan.inline(id, "weight.quant_map", (Dtype::F32, &[16]), table.clone());
             // As Python's `json.dumps` spaces it.
             let state = format!(
-                r#"{{"quant_type": "{}", "blocksize": {block_size}, "dtype": "{}", "shape": [{}, {}]}}"#,
+                r#"{{"quant_type": "{}", "blocksize": {block_size}, "dtype": "{}", "shape": [{}, {}]"#,
                 self.quant_type,
                 torch_name(tensor.dtype),
                 tensor.shape[0],
                 tensor.shape[1]
             );
-            let len = state.len() as u64;
-            plan.inline(id, self.quant_state, (Dtype::U8, &[len]), state.into_bytes());
+            if double {
+                plan.inline(id, "weight.nested_quant_map", (Dtype::F32, &[256]), nested.clone());
+                let nested = r#""nested_blocksize": 256, "nested_dtype": "float32""#;
+                let begin = format!(r#"{state}, {nested}, "nested_offset": "#);
+                plan.scalar(self.quant_state, Some(begin.into()));
+            } else {
+                let state = state + "}";
+                let len = state.len() as u64;
+                plan.inline(id, self.quant_state, (Dtype::U8, &[len]), state.into_bytes());
+            }
         }
         let mut declared = declared(&plan, catalog);
         declared["load_in_4bit"] = true.into();
         declared["bnb_4bit_quant_type"] = self.quant_type.into();
-        declared["bnb_4bit_use_double_quant"] = false.into();
+        declared["bnb_4bit_use_double_quant"] = double.into();
         declared["bnb_4bit_quant_storage"] = torch_name(storage.dtype()).into();
         if let Some(weight) = plan.weights.first() {
             declared["bnb_4bit_compute_dtype"] = torch_name(catalog[weight.tensor].dtype).into();
@@ -147,6 +167,7 @@ impl Format for Int8 {
             symmetry: Some(true),
             scale_format: false,
             storage: false,
+            double_quant: false,
         }
     }
 

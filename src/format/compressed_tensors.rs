@@ -52,6 +52,7 @@ impl Format for PackQuantized {
             symmetry: None,
             scale_format: false,
             storage: false,
+            double_quant: false,
         }
     }
 
@@ -102,6 +103,7 @@ impl Format for IntQuantized {
             symmetry: Some(true),
             scale_format: false,
             storage: false,
+            double_quant: false,
         }
     }
 

@@ -167,7 +167,14 @@ const TRANSFORMERS: Reader =
 
 const fn takes(bits: u8, grain: Grain) -> Takes {
     let bits: &[u8] = if bits == 4 { &[4] } else { &[8] };
-    Takes { bits, grain, symmetry: Some(true), scale_format: false, storage: false }
+    Takes {
+        bits,
+        grain,
+        symmetry: Some(true),
+        scale_format: false,
+        storage: false,
+        double_quant: false,
+    }
 }
 
 fn fp8(grain: Fp8Grain) -> Scheme {
@@ -209,7 +216,7 @@ impl Format for CtFloat {
                 Decision::Quantize(scheme) => {
                     plan.encode(id, scheme, self.suffixes);
                     if let Some(suffix) = self.scalar {
-                        plan.scalar(suffix);
+                        plan.scalar(suffix, None);
                     }
                 }
                 Decision::Keep { .. } => plan.keep(id),

@@ -29,7 +29,14 @@ impl Format for Dense {
     }
 
     fn takes(&self) -> Takes {
-        Takes { bits: &[], grain: Grain::None, symmetry: None, scale_format: false, storage: false }
+        Takes {
+            bits: &[],
+            grain: Grain::None,
+            symmetry: None,
+            scale_format: false,
+            storage: false,
+            double_quant: false,
+        }
     }
 
     fn readers(&self) -> &'static [Reader] {
@@ -57,6 +64,7 @@ impl Format for Dense {
             ("symmetry", request.symmetric.is_some()),
             ("scale format", request.scale_format.is_some()),
             ("storage type", request.storage.is_some()),
+            ("double quantization", request.double_quant),
         ];
         if quantized.is_none()
             && let Some((what, _)) = given.into_iter().find(|(_, given)| *given)

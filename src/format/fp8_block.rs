@@ -40,6 +40,7 @@ impl Format for Fp8Block {
             symmetry: Some(true),
             scale_format: true,
             storage: false,
+            double_quant: false,
         }
     }
 

@@ -79,6 +79,7 @@ impl Format for Gptq {
             symmetry: None,
             scale_format: false,
             storage: false,
+            double_quant: false,
         }
     }
 

@@ -75,7 +75,7 @@ pub(super) static NVFP4: Mlx = Mlx {
 
 const fn takes(bits: &'static [u8], groups: &'static [u32], symmetry: Option<bool>) -> Takes {
     let grain = Grain::Groups(groups);
-    Takes { bits, grain, symmetry, scale_format: false, storage: false }
+    Takes { bits, grain, symmetry, scale_format: false, storage: false, double_quant: false }
 }
 
 fn micro(float: MicroFloat, dialect: MicroDialect, quality: Quality) -> Scheme {

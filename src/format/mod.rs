@@ -206,6 +206,9 @@ pub enum Content {
     Scalar {
         /// Position in [`Plan::weights`].
         weight: usize,
+        /// What stands before it in a JSON object whose last member it is; the bare number where
+        /// `None`.
+        json: Option<Box<str>>,
     },
 }
 
@@ -273,11 +276,12 @@ impl Plan {
         self.surveys = surveys;
     }
 
-    /// Shows the scalar of the weight encoded last.
-    fn scalar(&mut self, suffix: &'static str) {
+    /// Shows the scalar of the weight encoded last, as the last member of a JSON object that begins
+    /// so, or bare.
+    fn scalar(&mut self, suffix: &'static str, json: Option<Box<str>>) {
         let weight = self.weights.len() - 1;
         let tensor = self.weights[weight].tensor;
-        let content = Content::Scalar { weight };
+        let content = Content::Scalar { weight, json };
         self.items.push(Item { tensor, suffix: Some(suffix), content });
     }
 
@@ -370,7 +374,10 @@ impl Plan {
                 let part = self.weights[*weight].parts(tensor).swap_remove(*part);
                 (part.dtype, part.shape.into())
             }
-            Content::Scalar { weight } => {
+            Content::Scalar { json: Some(json), .. } => {
+                (Dtype::U8, vec![json_len(json) as u64].into())
+            }
+            Content::Scalar { weight, json: None } => {
                 let scalar = self.weights[*weight].scheme.scalar(tensor.dtype);
                 let scalar = scalar.expect("only surveyed weights have one");
                 (scalar.dtype, scalar.shape.into())
@@ -382,5 +389,45 @@ impl Plan {
     pub fn byte_len(&self, catalog: &Catalog, item: &Item) -> u64 {
         let (dtype, shape) = self.type_of(catalog, item);
         dtype::byte_len(dtype, &shape).expect("planned tensors have a size")
+    }
+}
+
+/// Bytes of a JSON object that begins so and ends with a number: enough for every f32, and what
+/// keeps its neighbours aligned.
+fn json_len(begin: &str) -> usize {
+    const LONGEST: usize = "-1.2345678901234567e-38}".len();
+    (begin.len() + LONGEST).next_multiple_of(8)
+}
+
+/// A JSON object that begins so and ends with a number, padded with spaces to the length that the
+/// header says. What is no number is spelled as Python reads it.
+pub(crate) fn json_with(begin: &str, number: f32) -> Vec<u8> {
+    // Python's floats are f64, of as many digits as tell them apart.
+    let number = match f64::from(number) {
+        number if number.is_nan() => "NaN".to_owned(),
+        number if number.is_infinite() => "Infinity".to_owned(),
+        number => format!("{number:?}"),
+    };
+    let mut text = format!("{begin}{number}}}").into_bytes();
+    assert!(text.len() <= json_len(begin), "the longest number fits");
+    text.resize(json_len(begin), b' ');
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_number_in_json_has_one_length_and_is_read_back() {
+        let begin = r#"{"a": [1], "offset": "#;
+        for number in [0.0, 1.0, 0.107_236_86, f32::MAX, f32::MIN_POSITIVE, 1e-45, -1.1754942e-38] {
+            let text = json_with(begin, number);
+            assert_eq!(text.len(), json_len(begin));
+            let value: Value = serde_json::from_slice(&text).expect("JSON");
+            assert_eq!(value["offset"].as_f64(), Some(number.into()), "{number}");
+        }
+        assert!(json_with(begin, f32::NAN).starts_with(br#"{"a": [1], "offset": NaN}"#));
+        assert!(json_with(begin, f32::INFINITY).starts_with(br#"{"a": [1], "offset": Infinity}"#));
     }
 }

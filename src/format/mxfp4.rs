@@ -40,6 +40,7 @@ impl Format for Mxfp4 {
             symmetry: Some(true),
             scale_format: false,
             storage: false,
+            double_quant: false,
         }
     }
 

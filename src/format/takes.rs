@@ -19,6 +19,8 @@ pub struct Takes {
     pub scale_format: bool,
     /// Whether codes have storage types to choose from.
     pub storage: bool,
+    /// Whether scales can be quantized in turn.
+    pub double_quant: bool,
 }
 
 /// Which weights may share a scale. It prints as documentation spells it.
@@ -113,6 +115,9 @@ impl Takes {
         if request.storage.is_some() && !self.storage {
             return refuse("has one type of codes: it takes no --storage".to_owned());
         }
+        if request.double_quant && !self.double_quant {
+            return refuse("does not quantize its scales: it takes no --double-quant".to_owned());
+        }
         Ok(())
     }
 }
@@ -174,6 +179,7 @@ mod tests {
             symmetry: Some(false),
             scale_format: false,
             storage: true,
+            double_quant: false,
         };
         let request = Request::default;
         let cases = [
@@ -194,6 +200,10 @@ mod tests {
             (
                 Request { scale_format: Some(ScaleFormat::Ue8m0), ..request() },
                 Some("x has one format of scales: it takes no --scale-format"),
+            ),
+            (
+                Request { double_quant: true, ..request() },
+                Some("x does not quantize its scales: it takes no --double-quant"),
             ),
         ];
         for (request, complaint) in cases {

@@ -11,14 +11,20 @@
 //! so that a midpoint itself belongs to the lower entry; a weight is `table[q] * m`. A NaN has the
 //! code 0, in a block whose scale is NaN or infinity.
 //!
-//! The search replaces `m` by the scale with the least squared error among some shrunken ones.
+//! Scales may be quantized in turn; then one that is no number makes all of the weight NaN.
+//!
+//! The search replaces `m` by the scale with the least squared error among some shrunken ones. Where
+//! scales are quantized, it then picks the best of three neighbouring codes, and encodes with the
+//! scale that a loader will have.
 
 use crate::dtype::Dtype;
 
 use super::codebook_search::Search;
 use super::grid::{Axis, Grid, PartBytes};
 use super::isa::{Isa, Kernel};
+use super::nested::{self, SCALES};
 use super::shape::{assert_lengths, matrix, part};
+use super::survey::Survey;
 use super::tile::{Element, F32, Tile, for_element};
 use super::{Part, Quality, Role};
 
@@ -65,6 +71,8 @@ pub struct CodebookScheme {
     pub block_size: u32,
     /// What codes are declared as.
     pub storage: Storage,
+    /// Whether scales are quantized in turn.
+    pub double: bool,
     /// How scales are chosen.
     pub quality: Quality,
 }
@@ -180,6 +188,11 @@ impl Steps {
 }
 
 impl CodebookScheme {
+    /// The table of quantized scales, in the order of codes.
+    pub fn nested_table() -> [f32; 256] {
+        nested::TABLE
+    }
+
     pub(super) fn accepts(&self, dtype: Dtype, shape: &[u64]) -> Result<(), String> {
         let (rows, cols) = matrix(dtype, shape)?;
         if self.block_size == 0 || !self.block_size.is_multiple_of(4) {
@@ -200,35 +213,52 @@ impl CodebookScheme {
     pub(super) fn parts(&self, _: Dtype, shape: &[u64]) -> Vec<Part> {
         let weights = shape[0] * shape[1];
         let pairs = self.storage.dtype().bitsize() as u64 / 8;
-        vec![
-            part(Role::Codes, self.storage.dtype(), [weights / (2 * pairs), 1]),
-            part(Role::Scale, Dtype::F32, [weights.div_ceil(self.block_size.into())]),
-        ]
+        let codes = part(Role::Codes, self.storage.dtype(), [weights / (2 * pairs), 1]);
+        let blocks = weights.div_ceil(self.block_size.into());
+        if !self.double {
+            return vec![codes, part(Role::Scale, Dtype::F32, [blocks])];
+        }
+        let nested = part(Role::Scale, Dtype::F32, [blocks.div_ceil(SCALES as u64)]);
+        vec![codes, part(Role::Scale, Dtype::U8, [blocks]), nested]
+    }
+
+    /// The mean of all scales.
+    pub(super) fn scalar(&self) -> Option<Part> {
+        self.double.then(|| part(Role::Bias, Dtype::F32, [1]))
+    }
+
+    pub(super) fn scalar_bytes(&self, survey: &Survey) -> Vec<u8> {
+        if self.double { survey.mean().to_le_bytes().into() } else { Vec::new() }
     }
 
     pub(super) fn grid(&self, dtype: Dtype, shape: &[u64], source_bytes: u64) -> Grid {
         let weights = shape[0] * shape[1];
         let unit = self.unit();
-        let parts = [
-            PartBytes { unit: unit / 2, slab: weights / 2 },
-            PartBytes { unit: 8, slab: weights.div_ceil(self.block_size.into()) * 4 },
-        ];
+        let bytes = |weights: u64| self.parts(dtype, &[1, weights]).into_iter().map(|p| p.bytes());
+        let parts: Vec<PartBytes> =
+            bytes(unit).zip(bytes(weights)).map(|(unit, slab)| PartBytes { unit, slab }).collect();
         let element = (dtype.bitsize() / 8) as u64;
         Grid::new((1, 1, weights), Axis::Cols, unit, &parts, element, source_bytes)
     }
 
-    /// Weights of the blocks that fill a line of the cache with codes.
+    /// Weights of the blocks that fill a line of the cache with codes, or whose scales belong
+    /// together.
     pub(super) fn unit(&self) -> u64 {
-        u64::from(self.block_size) * 2
+        u64::from(self.block_size) * if self.double { SCALES as u64 } else { 2 }
     }
 
-    pub(super) fn encode(&self, isa: Isa, tile: &Tile<'_>, out: &mut [&mut [u8]]) {
+    pub(super) fn encode(&self, isa: Isa, tile: &Tile<'_>, survey: &Survey, out: &mut [&mut [u8]]) {
         let weights = tile.cols;
         assert_eq!(tile.rows, 1, "a run of the flattened weight");
-        let [codes, scales] = out else { unreachable!("two parts") };
-        let block = self.block_size as usize;
-        assert_eq!(codes.len(), weights / 2, "bytes of codes");
-        assert_eq!(scales.len(), weights.div_ceil(block) * 4, "bytes of scales");
+        let parts = self.parts(tile.data.dtype(), &[1, weights as u64]);
+        assert_lengths(&parts, out.iter().map(|out| out.len()));
+        let (codes, scales) = match out {
+            [codes, scales] => (codes, Scales::Plain(scales)),
+            [codes, scales, largest] => {
+                (codes, Scales::Nested { offset: survey.mean(), codes: scales, largest })
+            }
+            _ => unreachable!("two parts or three"),
+        };
         for_element!(tile.data.dtype(), E => isa.run(Encode::<E> {
             scheme: self,
             source: &E::split(tile.data.bytes())[..weights],
@@ -245,15 +275,22 @@ impl CodebookScheme {
         out: &mut [f32],
     ) {
         assert_eq!(out.len(), rows * cols, "number of elements");
-        let specs = self.parts(dtype, &[rows as u64, cols as u64]);
+        let mut specs = self.parts(dtype, &[rows as u64, cols as u64]);
+        specs.extend(self.scalar());
         assert_lengths(&specs, parts.iter().map(|part| part.len()));
-        let &[codes, scales] = parts else { unreachable!("two parts") };
+        let codes = parts[0];
+        let number = |bytes: &[u8], i: usize| F32::widen(F32::split(bytes)[i]);
+        let scale = |block: usize| match *parts {
+            [_, scales, largest, offset] => {
+                nested::value(scales[block], number(largest, block / SCALES), number(offset, 0))
+            }
+            _ => number(parts[1], block),
+        };
         let table = self.codebook.table();
-        let scales = F32::split(scales);
         for_element!(dtype, E => for (i, out) in out.iter_mut().enumerate() {
             // The first of a pair is in the upper half.
             let code = codes[i / 2] >> (4 - i % 2 * 4) & 15;
-            let scale = F32::widen(scales[i / self.block_size as usize]);
+            let scale = scale(i / self.block_size as usize);
             *out = E::round(table[usize::from(code)] * scale);
         });
     }
@@ -264,7 +301,13 @@ struct Encode<'a, E: Element> {
     scheme: &'a CodebookScheme,
     source: &'a [E::Raw],
     codes: &'a mut [u8],
-    scales: &'a mut [u8],
+    scales: Scales<'a>,
+}
+
+/// Where scales go.
+enum Scales<'a> {
+    Plain(&'a mut [u8]),
+    Nested { offset: f32, codes: &'a mut [u8], largest: &'a mut [u8] },
 }
 
 impl<E: Element> Kernel for Encode<'_, E> {
@@ -277,21 +320,78 @@ impl<E: Element> Kernel for Encode<'_, E> {
             Quality::Reference => None,
             Quality::Search => Some(Search::new(steps, block)),
         };
-        let mut block_codes = vec![0; block];
-        let codes = self.codes.chunks_mut(block / 2);
-        let scales = self.scales.as_chunks_mut::<4>().0;
-        for ((xs, packed), stored) in self.source.chunks(block).zip(codes).zip(scales) {
-            let magnitude = E::magnitude(xs);
-            let out = &mut block_codes[..xs.len()];
-            let scale = match &mut search {
-                None => magnitude,
-                Some(search) => search.scale::<E>(xs, magnitude),
-            };
-            encode_block::<E>(codebook, &steps, xs, scale, out);
-            for (byte, [first, second]) in packed.iter_mut().zip(out.as_chunks::<2>().0) {
-                *byte = first << 4 | second;
+        let mut encoder = Encoder { codebook, steps, codes: vec![0; block] };
+        match self.scales {
+            Scales::Plain(scales) => {
+                let codes = self.codes.chunks_mut(block / 2);
+                let scales = scales.as_chunks_mut::<4>().0;
+                for ((xs, packed), stored) in self.source.chunks(block).zip(codes).zip(scales) {
+                    let scale = choose::<E>(&mut search, xs);
+                    encoder.encode::<E>(xs, scale, packed);
+                    F32::store(F32::round(scale), stored);
+                }
             }
-            F32::store(F32::round(scale), stored);
+            Scales::Nested { offset, codes: scale_codes, largest } => {
+                let runs = self.source.chunks(block * SCALES);
+                let codes = self.codes.chunks_mut(block * SCALES / 2);
+                let scale_codes = scale_codes.chunks_mut(SCALES);
+                let largest = largest.as_chunks_mut::<4>().0;
+                for (((run, codes), scale_codes), stored) in
+                    runs.zip(codes).zip(scale_codes).zip(largest)
+                {
+                    let blocks = || run.chunks(block);
+                    let mut scales = [0.0; SCALES];
+                    let scales = &mut scales[..scale_codes.len()];
+                    for (xs, scale) in blocks().zip(&mut *scales) {
+                        *scale = choose::<E>(&mut search, xs);
+                    }
+                    let largest = nested::encode(scales, offset, scale_codes);
+                    F32::store(largest, stored);
+                    let places = scales.iter_mut().zip(scale_codes);
+                    for ((xs, packed), (scale, code)) in
+                        blocks().zip(codes.chunks_mut(block / 2)).zip(places)
+                    {
+                        if let Some(search) = &mut search {
+                            let near = [*code, code.saturating_sub(1), code.saturating_add(1)];
+                            let values = near.map(|code| nested::value(code, largest, offset));
+                            let best = search.best::<E>(xs, values);
+                            *code = near[best];
+                            // What is no magnitude makes zeros of all.
+                            *scale = if values[best] > 0.0 { values[best] } else { f32::INFINITY };
+                        }
+                        encoder.encode::<E>(xs, *scale, packed);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// A block's scale.
+#[inline(always)]
+fn choose<E: Element>(search: &mut Option<Search>, xs: &[E::Raw]) -> f32 {
+    let magnitude = E::magnitude(xs);
+    match search {
+        None => magnitude,
+        Some(search) => search.scale::<E>(xs, magnitude),
+    }
+}
+
+/// Encodes block after block.
+struct Encoder {
+    codebook: Codebook,
+    steps: Steps,
+    /// Room for one, a code to a byte.
+    codes: Vec<u8>,
+}
+
+impl Encoder {
+    #[inline(always)]
+    fn encode<E: Element>(&mut self, xs: &[E::Raw], scale: f32, packed: &mut [u8]) {
+        let codes = &mut self.codes[..xs.len()];
+        encode_block::<E>(self.codebook, &self.steps, xs, scale, codes);
+        for (byte, [first, second]) in packed.iter_mut().zip(codes.as_chunks::<2>().0) {
+            *byte = first << 4 | second;
         }
     }
 }

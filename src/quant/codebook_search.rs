@@ -24,17 +24,8 @@ impl Search {
     /// magnitude.
     #[inline(always)]
     pub(super) fn scale<E: Element>(&mut self, xs: &[E::Raw], magnitude: f32) -> f32 {
-        if !super::int::MODERATE.contains(&magnitude) {
-            return magnitude;
-        }
-        let exponent = magnitude.to_bits() >> 23;
-        let (unit, per_unit) =
-            (f32::from_bits(exponent << 23), f32::from_bits((254 - exponent) << 23));
-        let flat = self.block.as_flattened_mut();
-        flat[xs.len()..].fill(0.0);
-        for (x, &raw) in flat.iter_mut().zip(xs) {
-            *x = E::widen(raw) * per_unit;
-        }
+        let Some(unit) = self.load::<E>(xs, magnitude) else { return magnitude };
+        let per_unit = 1.0 / unit;
         let largest = magnitude * per_unit;
         // The best scale for the codes that a trial makes is `xv / vv`, and lessens the error by
         // `xv * xv / vv`.
@@ -57,6 +48,40 @@ impl Search {
             }
         }
         chosen.0 * unit
+    }
+
+    /// The place of the best of some scales for a block, the first of equals; those that are not
+    /// positive are none. The first where there is nothing to choose by.
+    #[inline(always)]
+    pub(super) fn best<E: Element>(&mut self, xs: &[E::Raw], scales: [f32; 3]) -> usize {
+        let Some(unit) = self.load::<E>(xs, E::magnitude(xs)) else { return 0 };
+        let mut best = (0, f32::INFINITY);
+        for (i, scale) in scales.into_iter().enumerate() {
+            if scale > 0.0 {
+                let error = self.error(scale * (1.0 / unit));
+                if error < best.1 {
+                    best = (i, error);
+                }
+            }
+        }
+        best.0
+    }
+
+    /// Takes in a block of that largest magnitude, if that is a moderate one, and returns the unit.
+    #[inline(always)]
+    fn load<E: Element>(&mut self, xs: &[E::Raw], magnitude: f32) -> Option<f32> {
+        if !super::int::MODERATE.contains(&magnitude) {
+            return None;
+        }
+        let exponent = magnitude.to_bits() >> 23;
+        let (unit, per_unit) =
+            (f32::from_bits(exponent << 23), f32::from_bits((254 - exponent) << 23));
+        let flat = self.block.as_flattened_mut();
+        flat[xs.len()..].fill(0.0);
+        for (x, &raw) in flat.iter_mut().zip(xs) {
+            *x = E::widen(raw) * per_unit;
+        }
+        Some(unit)
     }
 
     /// The sums of `x * v` and `v * v` over the block, `v` the entries nearest to `x / scale`.

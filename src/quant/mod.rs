@@ -19,6 +19,7 @@ mod lanes;
 mod llm_int8;
 mod micro;
 mod minifloat;
+mod nested;
 mod pack;
 mod search;
 mod shape;
@@ -168,6 +169,7 @@ impl Scheme {
         match self {
             Self::Micro(scheme) => scheme.scalar(),
             Self::Fp8(scheme) => scheme.scalar(dtype),
+            Self::Codebook(scheme) => scheme.scalar(),
             _ => None,
         }
     }
@@ -177,6 +179,7 @@ impl Scheme {
         match self {
             Self::Micro(scheme) => scheme.scalar_bytes(dtype, survey),
             Self::Fp8(scheme) => scheme.scalar_bytes(dtype, survey),
+            Self::Codebook(scheme) => scheme.scalar_bytes(survey),
             _ => Vec::new(),
         }
     }
@@ -189,8 +192,9 @@ impl Scheme {
     /// Adds the window of one chunk to what is known of a weight. Windows come in the grid's order.
     pub fn survey(&self, isa: Isa, tile: &Tile<'_>, survey: &mut Survey) {
         match self {
-            Self::Micro(_) | Self::Fp8(_) if self.is_surveyed() => survey.add_magnitudes(isa, tile),
-            _ => {}
+            _ if !self.is_surveyed() => {}
+            Self::Codebook(scheme) => survey.add_blocks(isa, tile, scheme.block_size as usize),
+            _ => survey.add_magnitudes(isa, tile),
         }
     }
 
@@ -207,7 +211,7 @@ impl Scheme {
             Self::Affine(scheme) => scheme.encode(isa, tile, out),
             Self::Micro(scheme) => scheme.encode(isa, tile, survey, out),
             Self::Fp8(scheme) => scheme.encode(isa, tile, survey, out),
-            Self::Codebook(scheme) => scheme.encode(isa, tile, out),
+            Self::Codebook(scheme) => scheme.encode(isa, tile, survey, out),
             Self::LlmInt8(scheme) => scheme.encode(isa, tile, out),
             Self::Cast(scheme) => scheme.encode(isa, tile, out),
             Self::Transposed(scheme) => scheme.encode(isa, tile, out),
@@ -279,12 +283,15 @@ impl std::fmt::Display for Scheme {
                 }
                 None
             }
-            Self::Codebook(CodebookScheme { codebook, block_size, quality, .. }) => {
+            Self::Codebook(CodebookScheme { codebook, block_size, double, quality, .. }) => {
                 f.write_str(match codebook {
                     Codebook::Nf4 => "NF4",
                     Codebook::Fp4 => "FP4",
                 })?;
                 write!(f, ", flat blocks of {block_size}")?;
+                if *double {
+                    f.write_str(", scales quantized")?;
+                }
                 Some(quality)
             }
             Self::Experts(scheme) => {

@@ -1,7 +1,7 @@
 //! What must be known of whole weights before a chunk can be encoded.
 
 use super::isa::{Isa, Kernel};
-use super::tile::{Element, Tile, for_element};
+use super::tile::{Element, F32, Tile, for_element};
 
 /// Statistics of a weight, or of several that share a scale, gathered window by window.
 ///
@@ -10,12 +10,30 @@ use super::tile::{Element, Tile, for_element};
 #[derive(Clone, Copy, PartialEq, Debug, Default)]
 pub struct Survey {
     magnitude: f32,
+    /// Of the largest magnitudes of blocks.
+    sum: f64,
+    blocks: u64,
 }
 
 impl Survey {
     /// The largest magnitude; NaN if there is any NaN.
     pub(super) fn magnitude(&self) -> f32 {
         self.magnitude
+    }
+
+    /// The mean of the largest magnitudes of blocks; NaN or infinite if one of them is.
+    pub(super) fn mean(&self) -> f32 {
+        F32::round((self.sum / self.blocks as f64) as f32)
+    }
+
+    /// Adds the blocks of `size` weights in a run of them, one after the other: the order is the
+    /// same however a weight is cut.
+    pub(super) fn add_blocks(&mut self, isa: Isa, tile: &Tile<'_>, size: usize) {
+        for_element!(tile.data.dtype(), E => isa.run(Blocks::<E> {
+            source: &E::split(tile.data.bytes())[..tile.cols],
+            size,
+            survey: self,
+        }));
     }
 
     /// Adds the magnitudes of a window.
@@ -45,5 +63,21 @@ impl<E: Element> Kernel for Magnitudes<'_, E> {
         let bits = (0..self.rows).map(|r| E::magnitude(row(r)).to_bits());
         // Bit patterns of magnitudes order as integers, NaNs last.
         *self.largest = f32::from_bits(bits.fold(self.largest.to_bits(), u32::max));
+    }
+}
+
+struct Blocks<'a, E: Element> {
+    source: &'a [E::Raw],
+    size: usize,
+    survey: &'a mut Survey,
+}
+
+impl<E: Element> Kernel for Blocks<'_, E> {
+    #[inline(always)]
+    fn run(self) {
+        for block in self.source.chunks(self.size) {
+            self.survey.sum += f64::from(E::magnitude(block));
+            self.survey.blocks += 1;
+        }
     }
 }

@@ -36,6 +36,8 @@ pub struct Request {
     pub scale_format: Option<ScaleFormat>,
     /// What bitsandbytes' codes are declared as; U8 where `None`.
     pub storage: Option<Storage>,
+    /// Whether bitsandbytes' scales are quantized in turn.
+    pub double_quant: bool,
     /// The format whose error plain numbers are to carry.
     pub simulate: Option<String>,
     /// The element type of plain numbers; the source's where `None`.
@@ -56,6 +58,7 @@ impl Default for Request {
             quality: Quality::Search,
             scale_format: None,
             storage: None,
+            double_quant: false,
             simulate: None,
             dtype: None,
             skip: Vec::new(),

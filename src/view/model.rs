@@ -11,7 +11,7 @@ use super::spoilt::Spoilt;
 use super::survey::Surveys;
 use super::{Budget, Counters};
 use crate::error::Result;
-use crate::format::{Content, Format, Item, Plan, Weight};
+use crate::format::{Content, Format, Item, Plan, Weight, json_with};
 use crate::quant::{Grid, Isa, Reals, Survey, Tile};
 use crate::recipe::Request;
 use crate::source::{
@@ -200,8 +200,8 @@ impl Model {
                     Content::Part { weight, part } => {
                         self.read_part(engine, *weight, *part, range.start, out)?;
                     }
-                    Content::Scalar { weight } => {
-                        let bytes = self.scalar(engine, *weight)?;
+                    Content::Scalar { weight, json } => {
+                        let bytes = self.scalar(engine, *weight, json.as_deref())?;
                         out.copy_from_slice(&bytes[range.start as usize..range.end as usize]);
                     }
                 },
@@ -334,11 +334,18 @@ impl Model {
         })
     }
 
-    /// The bytes of a surveyed weight's scalar.
-    fn scalar(&self, engine: &Engine, weight: usize) -> Result<Vec<u8>> {
+    /// The bytes of a surveyed weight's scalar, bare or at the end of a JSON object.
+    fn scalar(&self, engine: &Engine, weight: usize, json: Option<&str>) -> Result<Vec<u8>> {
         let survey = self.survey(engine, weight)?;
         let Weight { tensor, scheme, .. } = self.plan.weights[weight];
-        Ok(scheme.scalar_bytes(self.checkpoint.catalog()[tensor].dtype, &survey))
+        let bytes = scheme.scalar_bytes(self.checkpoint.catalog()[tensor].dtype, &survey);
+        Ok(match json {
+            None => bytes,
+            Some(begin) => {
+                let number = bytes.try_into().expect("JSON ends with an F32");
+                json_with(begin, f32::from_le_bytes(number))
+            }
+        })
     }
 
     fn grid(&self, weight: usize, chunk_bytes: u64) -> Grid {

@@ -29,6 +29,8 @@ FORMATS = {
     "ct-mxfp8": 20,
     "bnb-nf4": 9,
     "bnb-fp4": 6,
+    "bnb-nf4 --double-quant": 9,
+    "bnb-fp4 --double-quant": 6,
     "bnb-int8": 25,
 }
 # Of models that store their experts as one tensor.

@@ -3,7 +3,8 @@
 use super::*;
 
 fn scheme(codebook: Codebook, block_size: u32, quality: Quality) -> Scheme {
-    Scheme::Codebook(CodebookScheme { codebook, block_size, storage: Storage::U8, quality })
+    let (storage, double) = (Storage::U8, false);
+    Scheme::Codebook(CodebookScheme { codebook, block_size, storage, double, quality })
 }
 
 fn naive_four_bits(f: Float, codebook: Codebook, block: usize, weight: &[f32]) -> Defined {
@@ -39,6 +40,80 @@ fn entries_of_tables_are_as_defined() {
                 let defined = naive_four_bits(f, codebook, block as usize, &weight);
                 let scheme = scheme(codebook, block, Quality::Reference);
                 check(f, scheme, shape, &weight, &defined);
+            }
+        }
+    }
+}
+
+/// The table by its definition, the boundaries of its decades in f64.
+fn naive_scales() -> Vec<f32> {
+    let mut table = vec![0.0, 1.0];
+    for (decade, power) in [1e-6f32, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0].into_iter().enumerate() {
+        let count = 1 << decade;
+        for i in 0..count {
+            let middle = 0.1 + 0.9 * (f64::from(i) + 0.5) / f64::from(count);
+            let entry = (f64::from(power) * middle) as f32;
+            table.extend([entry, -entry]);
+        }
+    }
+    table.sort_by(|a, b| a.partial_cmp(b).expect("numbers"));
+    table
+}
+
+#[test]
+fn entries_for_scales_are_as_defined_but_for_rounding() {
+    let naive = naive_scales();
+    assert_eq!(naive.len(), 256);
+    for (entry, naive) in nested::TABLE.iter().zip(naive) {
+        assert!((entry - naive).abs() <= naive.abs() * 3e-7, "{entry} is not {naive}");
+    }
+}
+
+#[test]
+fn quantized_scales_are_as_defined() {
+    for f in FLOATS {
+        for codebook in [Codebook::Nf4, Codebook::Fp4] {
+            // Less than 256 scales, several times 256, and a last block that is short.
+            for (block, shape) in [(64, (33, 128)), (64, (260, 128)), (32, (101, 100))] {
+                let mut random = Random(11);
+                let weight: Vec<f32> = (0..shape.0 * shape.1)
+                    .map(|i| f.round(random.normal() * 0.02 * (1.0 + (i / 1000 % 7) as f32)))
+                    .collect();
+                let plain = naive_four_bits(f, codebook, block as usize, &weight);
+                let scales: Vec<f32> =
+                    plain.parts[1].as_chunks().0.iter().map(|x| f32::from_le_bytes(*x)).collect();
+                let sum: f64 = scales.iter().map(|scale| f64::from(*scale)).sum();
+                let offset = (sum / scales.len() as f64) as f32;
+                let (mut codes, mut largest, mut decoded) = (vec![], vec![], vec![]);
+                for scales in scales.chunks(256) {
+                    let n = scales.iter().fold(0f32, |n, scale| n.max((scale - offset).abs()));
+                    largest.extend(n.to_le_bytes());
+                    for scale in scales {
+                        let y = (scale - offset) * (1.0 / n);
+                        let below =
+                            nested::TABLE.windows(2).filter(|pair| (pair[0] + pair[1]) / 2.0 < y);
+                        let code = below.count();
+                        codes.push(code as u8);
+                        decoded.push(nested::TABLE[code] * n + offset);
+                    }
+                }
+                let values = (0..weight.len())
+                    .map(|i| {
+                        let code = plain.parts[0][i / 2] >> (4 - i % 2 * 4) & 15;
+                        let scale = decoded[i / block as usize];
+                        f.round(codebook.table()[usize::from(code)] * scale)
+                    })
+                    .collect();
+                let parts =
+                    vec![plain.parts[0].clone(), codes, largest, offset.to_le_bytes().into()];
+                let scheme = Scheme::Codebook(CodebookScheme {
+                    codebook,
+                    block_size: block,
+                    storage: Storage::U8,
+                    double: true,
+                    quality: Quality::Reference,
+                });
+                check(f, scheme, shape, &weight, &Defined { parts, values });
             }
         }
     }

@@ -24,8 +24,16 @@ fn schemes(quality: Quality) -> Vec<Scheme> {
         }
     }
     for codebook in [Codebook::Nf4, Codebook::Fp4] {
-        let (block_size, storage) = (64, Storage::U8);
-        out.push(Scheme::Codebook(CodebookScheme { codebook, block_size, storage, quality }));
+        for double in [false, true] {
+            let (block_size, storage) = (64, Storage::U8);
+            out.push(Scheme::Codebook(CodebookScheme {
+                codebook,
+                block_size,
+                storage,
+                double,
+                quality,
+            }));
+        }
     }
     for to in [Real::Bf16, Real::F16, Real::F32] {
         out.push(Scheme::Cast(CastScheme { to }));
@@ -118,9 +126,13 @@ fn chunks_make_the_bytes_of_the_whole_on_every_cpu() {
     }
 }
 
-/// Whether there is one scale for all of a weight.
+/// Whether one number is part of every scale of a weight.
 fn spoils_the_weight(scheme: Scheme) -> bool {
-    matches!(scheme, Scheme::Fp8(Fp8Scheme { grain: Fp8Grain::Tensor, .. }))
+    match scheme {
+        Scheme::Fp8(scheme) => scheme.grain == Fp8Grain::Tensor,
+        Scheme::Codebook(scheme) => scheme.double,
+        _ => false,
+    }
 }
 
 #[test]
@@ -202,6 +214,7 @@ fn a_scheme_is_named_by_what_a_person_would_ask() {
         "E4M3, groups of 32",
         "E4M3, blocks of 16 x 16",
         "NF4, flat blocks of 64, search",
+        "NF4, flat blocks of 64, scales quantized, search",
     ] {
         assert!(names.iter().any(|n| n == name), "{name}: {names:?}");
     }
