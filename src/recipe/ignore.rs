@@ -9,14 +9,15 @@
 
 use std::collections::HashSet;
 
-use super::linear::{self, Kind, Reason};
+use super::linear::{Kind, Reason};
+use super::vocabulary;
 
 /// One module whose weight is kept though the loader may have a Linear there.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct KeptModule<'a> {
     /// Its name in the checkpoint.
     pub(super) name: &'a str,
-    /// What [`linear::classify`] says of its weight.
+    /// What [`classify`](super::linear::classify) says of its weight.
     pub(super) kind: Kind,
 }
 
@@ -40,7 +41,7 @@ pub(super) fn ignore(kept: &[KeptModule<'_>], quantized: &[&str]) -> Vec<String>
     // A tied head has no tensor.
     add("lm_head".to_owned());
     // Nets look at the path before the first number or at the last components, which repeat.
-    let blocks: HashSet<&str> = quantized.iter().map(|m| linear::before_number(m)).collect();
+    let blocks: HashSet<&str> = quantized.iter().map(|m| vocabulary::before_number(m)).collect();
     let tails: HashSet<&str> = quantized.iter().map(|module| tail(module)).collect();
     for net in Net::ALL {
         let looked_at = if matches!(net, Net::Parts) { &blocks } else { &tails };
@@ -103,7 +104,7 @@ fn reworded(module: &str) -> Option<String> {
     WORDS.iter().find_map(|(old, new)| Some(format!("{}{new}", module.strip_suffix(old)?)))
 }
 
-/// Words of the parts that lead into a language model; see [`linear::classify`].
+/// Words of the parts that lead into a language model; see [`classify`](super::linear::classify).
 const PART_WORDS: &[&str] = &[
     "vision",
     "visual",
@@ -176,10 +177,10 @@ impl Net {
             Self::Routers => any(&|reason, _| reason == Reason::Router),
             Self::Heads => true,
             Self::SplitAttention => any(&|reason, module| {
-                reason == Reason::Rearranged && linear::splits_attention(module)
+                reason == Reason::Rearranged && vocabulary::splits_attention(module)
             }),
             Self::SplitFeedForward => any(&|reason, module| {
-                reason == Reason::Rearranged && !linear::splits_attention(module)
+                reason == Reason::Rearranged && !vocabulary::splits_attention(module)
             }),
         }
     }

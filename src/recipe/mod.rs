@@ -4,6 +4,7 @@ mod ignore;
 mod linear;
 mod pattern;
 mod quantized;
+mod vocabulary;
 
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -258,8 +259,10 @@ enum Ends {
 impl Ends {
     fn quantizes(self, module: &str, reason: Reason) -> bool {
         match reason {
-            Reason::Embedding => self != Self::Keep && linear::is_token_embedding(module),
-            Reason::OutputHead => self == Self::QuantizeBoth && linear::is_language_head(module),
+            Reason::Embedding => self != Self::Keep && vocabulary::is_token_embedding(module),
+            Reason::OutputHead => {
+                self == Self::QuantizeBoth && vocabulary::is_language_head(module)
+            }
             _ => false,
         }
     }
@@ -310,7 +313,7 @@ fn keep_fused_together(catalog: &Catalog, decisions: &mut [Decision]) {
     let mut groups: HashMap<(&str, &str), Vec<TensorId>> = HashMap::new();
     for (id, tensor) in catalog.tensors().iter().enumerate() {
         let Some(module) = tensor.name.strip_suffix(".weight") else { continue };
-        if let Some(group) = linear::fused_group(module) {
+        if let Some(group) = vocabulary::fused_group(module) {
             groups.entry(group).or_default().push(id);
         }
     }
