@@ -6,7 +6,8 @@
 //!
 //! The modules, in reading order:
 //!
-//! - [`dtype`], [`error`]: element types as safetensors spells them; the one error type.
+//! - [`dtype`], [`error`], `threads`: element types as safetensors spells them; the one error type;
+//!   work spread over the cores.
 //! - [`source`]: the checkpoint being viewed, its headers, catalog and bytes.
 //! - [`quant`]: numerics, reals to codes; pure functions on slices.
 //! - [`recipe`]: which module is quantized how, and why.
@@ -31,6 +32,7 @@ pub mod mount;
 pub mod quant;
 pub mod recipe;
 pub mod source;
+mod threads;
 pub mod view;
 
 pub use adapter::{ShardedSafeTensorsAdapter, StreamingQuantizer, is_sharded_model};

@@ -1,6 +1,12 @@
 //! Names, element types and shapes of a checkpoint's logical tensors; never their data.
 
+use std::hash::{BuildHasher, RandomState};
+
+use hashbrown::HashTable;
+use hashbrown::hash_table::Entry;
+
 use crate::dtype::Dtype;
+use crate::threads;
 
 /// Position of a tensor in its [`Catalog`].
 pub type TensorId = usize;
@@ -60,8 +66,9 @@ impl Tensor {
 #[derive(Clone, Debug, Default)]
 pub struct Catalog {
     tensors: Vec<Tensor>,
-    /// The positions of the tensors, by name.
-    by_name: Vec<u32>,
+    /// The positions of the tensors, by name. Names come from strangers, so the hash is keyed.
+    by_name: HashTable<u32>,
+    hash: RandomState,
 }
 
 impl Catalog {
@@ -70,15 +77,26 @@ impl Catalog {
     /// # Errors
     /// Two tensors of the same name.
     pub fn new(tensors: Vec<Tensor>) -> Result<Self, [Box<Tensor>; 2]> {
-        let count = u32::try_from(tensors.len()).expect("headers of 100 MB hold fewer than 2^32");
-        let mut by_name: Vec<u32> = (0..count).collect();
-        let name = |id: u32| tensors[id as usize].name.as_str();
-        by_name.sort_unstable_by_key(|id| (name(*id), *id));
-        let twice = by_name.windows(2).find(|pair| name(pair[0]) == name(pair[1]));
-        if let Some(&[first, second]) = twice {
-            return Err([first, second].map(|id| Box::new(tensors[id as usize].clone())));
+        let hash = RandomState::new();
+        let hash_of = |tensor: &Tensor| hash.hash_one(tensor.name.as_str());
+        let hashes: Vec<Vec<u64>> = threads::map_ranges(tensors.len(), |range| {
+            tensors[range].iter().map(hash_of).collect()
+        });
+        let mut by_name = HashTable::with_capacity(tensors.len());
+        for (id, hash) in hashes.into_iter().flatten().enumerate() {
+            let same = |twin: &u32| tensors[*twin as usize].name == tensors[id].name;
+            let rehash = |_: &u32| unreachable!("there is room for all");
+            match by_name.entry(hash, same, rehash) {
+                Entry::Occupied(twin) => {
+                    let twins = [*twin.get() as usize, id];
+                    return Err(twins.map(|id| Box::new(tensors[id].clone())));
+                }
+                Entry::Vacant(place) => {
+                    place.insert(u32::try_from(id).expect("100 MB hold fewer than 2^32 names"));
+                }
+            }
         }
-        Ok(Self { tensors, by_name })
+        Ok(Self { tensors, by_name, hash })
     }
 
     /// All tensors; a [`TensorId`] is a position in this slice.
@@ -88,9 +106,8 @@ impl Catalog {
 
     /// The tensor of that name.
     pub fn find(&self, name: &str) -> Option<TensorId> {
-        let place =
-            self.by_name.binary_search_by_key(&name, |id| &self.tensors[*id as usize].name).ok()?;
-        Some(self.by_name[place] as TensorId)
+        let same = |id: &u32| self.tensors[*id as usize].name == name;
+        Some(*self.by_name.find(self.hash.hash_one(name), same)? as TensorId)
     }
 }
 

@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 
 use serde::Deserialize;
 use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
-use serde_json::{Map, Value};
+use serde_json::Value;
 
 use crate::dtype::{self, Dtype};
 use crate::error::{self, Error, Result};
@@ -134,15 +134,68 @@ struct RawHeader {
     tensors: Vec<(String, RawEntry)>,
 }
 
-#[derive(Deserialize)]
 struct RawEntry {
     dtype: Dtype,
     shape: Vec<u64>,
     data_offsets: (u64, u64),
-    /// Whatever else is said of it. It means nothing, but must be JSON that the library can read
-    /// too, which is more than serde asks of what it skips.
-    #[serde(flatten)]
-    _other: Map<String, Value>,
+}
+
+#[derive(Deserialize)]
+#[serde(field_identifier, rename_all = "snake_case")]
+enum Field {
+    Dtype,
+    Shape,
+    DataOffsets,
+    #[serde(other)]
+    Other,
+}
+
+impl<'de> Deserialize<'de> for RawEntry {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Fields;
+
+        impl<'de> Visitor<'de> for Fields {
+            type Value = RawEntry;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object of dtype, shape and data_offsets")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<RawEntry, A::Error> {
+                /// Reads a member, once.
+                fn read<'de, T: Deserialize<'de>, A: MapAccess<'de>>(
+                    member: &mut Option<T>,
+                    name: &'static str,
+                    map: &mut A,
+                ) -> Result<(), A::Error> {
+                    if member.is_some() {
+                        return Err(A::Error::duplicate_field(name));
+                    }
+                    *member = Some(map.next_value()?);
+                    Ok(())
+                }
+                let (mut dtype, mut shape, mut data_offsets) = (None, None, None);
+                while let Some(field) = map.next_key()? {
+                    match field {
+                        Field::Dtype => read(&mut dtype, "dtype", &mut map)?,
+                        Field::Shape => read(&mut shape, "shape", &mut map)?,
+                        Field::DataOffsets => read(&mut data_offsets, "data_offsets", &mut map)?,
+                        // It means nothing, but must be JSON that the library can read too, which
+                        // is more than serde asks of what it skips.
+                        Field::Other => drop(map.next_value::<Value>()?),
+                    }
+                }
+                let missing = A::Error::missing_field;
+                Ok(RawEntry {
+                    dtype: dtype.ok_or_else(|| missing("dtype"))?,
+                    shape: shape.ok_or_else(|| missing("shape"))?,
+                    data_offsets: data_offsets.ok_or_else(|| missing("data_offsets"))?,
+                })
+            }
+        }
+
+        deserializer.deserialize_map(Fields)
+    }
 }
 
 impl<'de> Deserialize<'de> for RawHeader {
@@ -186,7 +239,7 @@ impl<'de> Deserialize<'de> for RawHeader {
 
 /// An object of strings in file order, refused where a key stands twice.
 #[derive(Default)]
-pub(super) struct Pairs(pub(super) Vec<(String, String)>);
+struct Pairs(Vec<(String, String)>);
 
 impl<'de> Deserialize<'de> for Pairs {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
@@ -204,7 +257,8 @@ impl<'de> Deserialize<'de> for Pairs {
                 while let Some(pair) = map.next_entry::<String, String>()? {
                     pairs.push(pair);
                 }
-                if let Some(key) = first_duplicate(pairs.iter().map(|(key, _)| key.as_str())) {
+                let keys = pairs.iter().map(|(key, _)| key.as_str());
+                if let Some(key) = first_duplicate(keys) {
                     return Err(A::Error::custom(format_args!("`{key}` stands twice")));
                 }
                 Ok(Pairs(pairs))

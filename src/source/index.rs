@@ -1,13 +1,18 @@
 //! The index of a sharded checkpoint: which shard holds which tensor.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
+use std::fmt;
 use std::path::{Component, Path, PathBuf};
 
 use serde::Deserialize;
+use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
 use serde_json::{Map, Value};
 
-use super::header::Pairs;
+use super::catalog::Catalog;
+use super::header::first_duplicate;
 use crate::error::{self, Error, ErrorKind, Result};
+use crate::threads;
 
 /// How the name of an index file ends.
 pub const INDEX_SUFFIX: &str = ".safetensors.index.json";
@@ -15,7 +20,7 @@ pub const INDEX_SUFFIX: &str = ".safetensors.index.json";
 /// Base names of a main checkpoint, the one that a loader opens by default first.
 const MAIN_STEMS: [&str; 2] = ["model", "diffusion_pytorch_model"];
 
-/// A parsed index.
+/// A parsed index. Which tensor is in which shard, the catalog tells.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Index {
     /// The index's own file name.
@@ -24,64 +29,130 @@ pub struct Index {
     pub metadata: Map<String, Value>,
     /// Shard file names, sorted, each once.
     pub shards: Vec<String>,
-    /// Tensor name to position in `shards`.
-    pub weight_map: HashMap<String, usize>,
 }
 
+/// Tensors, in file order, each with the position of its shard in [`Index::shards`].
+#[derive(Debug)]
+pub(super) struct WeightMap<'a>(Vec<(Cow<'a, str>, usize)>);
+
 #[derive(Deserialize)]
-struct RawIndex {
+struct RawIndex<'a> {
     #[serde(default)]
     metadata: Option<Map<String, Value>>,
-    weight_map: Pairs,
+    #[serde(borrow)]
+    weight_map: RawMap<'a>,
+}
+
+/// Tensors with the position of their shard among all shards named, which are in any order.
+struct RawMap<'a> {
+    tensors: Vec<(Cow<'a, str>, usize)>,
+    shards: Vec<Cow<'a, str>>,
 }
 
 impl Index {
-    /// Reads and validates an index file.
+    /// Validates the JSON of the index of that name.
     ///
     /// # Errors
     /// `Corrupt` for malformed JSON, duplicate tensors, no tensors at all and shard names that
-    /// leave the directory; `NotFound` or `Io` where the file can't be read.
-    pub fn read(path: &Path) -> Result<Self> {
-        let file_name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let text = std::fs::read(path).map_err(|cause| Error::io(path.display(), cause))?;
-        Self::parse(&file_name, &text).map_err(|error| error.within(&file_name))
-    }
-
-    /// Validates an index's JSON.
-    ///
-    /// # Errors
-    /// As [`Index::read`], less the I/O.
-    pub fn parse(file_name: &str, json: &[u8]) -> Result<Self> {
-        let raw: RawIndex = serde_json::from_slice(json)
+    /// leave the directory.
+    pub(super) fn parse<'a>(file_name: &str, json: &'a [u8]) -> Result<(Self, WeightMap<'a>)> {
+        let raw: RawIndex<'_> = serde_json::from_slice(json)
             .map_err(|cause| Error::caused(ErrorKind::Corrupt, "malformed index", cause))?;
-        let Pairs(pairs) = raw.weight_map;
-        if pairs.is_empty() {
+        let RawMap { mut tensors, shards } = raw.weight_map;
+        if tensors.is_empty() {
             return Err(error::corrupt("`weight_map` names no tensor"));
         }
-        let mut shards: Vec<String> = pairs.iter().map(|(_, shard)| shard.clone()).collect();
-        shards.sort_unstable();
-        shards.dedup();
-        for shard in &shards {
-            let mut components = Path::new(shard).components();
+        let mut sorted: Vec<usize> = (0..shards.len()).collect();
+        sorted.sort_unstable_by_key(|shard| &shards[*shard]);
+        for &shard in &sorted {
+            let name = &*shards[shard];
+            let mut components = Path::new(name).components();
             let inside = matches!(components.next(), Some(Component::Normal(_)));
             if !inside || components.next().is_some() {
-                let (tensor, _) =
-                    pairs.iter().find(|(_, s)| s == shard).expect("every shard comes from a pair");
+                let (tensor, _) = tensors
+                    .iter()
+                    .find(|(_, position)| *position == shard)
+                    .expect("every shard comes from a tensor");
                 return Err(error::corrupt(format!(
-                    "`{tensor}`: shard name {shard:?} leaves the directory"
+                    "`{tensor}`: shard name {name:?} leaves the directory"
                 )));
             }
         }
-        let position: HashMap<&str, usize> =
-            shards.iter().enumerate().map(|(i, shard)| (shard.as_str(), i)).collect();
-        let weight_map =
-            pairs.iter().map(|(name, shard)| (name.clone(), position[shard.as_str()])).collect();
-        Ok(Self {
+        let mut positions = vec![0; shards.len()];
+        for (position, &shard) in sorted.iter().enumerate() {
+            positions[shard] = position;
+        }
+        for (_, shard) in &mut tensors {
+            *shard = positions[*shard];
+        }
+        let index = Self {
             file_name: file_name.to_owned(),
             metadata: raw.metadata.unwrap_or_default(),
-            shards,
-            weight_map,
-        })
+            shards: sorted.into_iter().map(|shard| shards[shard].to_string()).collect(),
+        };
+        Ok((index, WeightMap(tensors)))
+    }
+
+    /// Every tensor of the index must be in the shard that the index names.
+    ///
+    /// # Errors
+    /// `Corrupt` with the first name, in sorted order, that isn't.
+    pub(super) fn check(&self, weight_map: &WeightMap<'_>, catalog: &Catalog) -> Result<()> {
+        let WeightMap(tensors) = weight_map;
+        let is_wrong = |(name, shard): &&(Cow<'_, str>, usize)| {
+            catalog.find(name).is_none_or(|id| catalog[id].shard() != *shard)
+        };
+        let wrong = threads::map_ranges(tensors.len(), |range| {
+            tensors[range].iter().filter(is_wrong).min()
+        });
+        match wrong.into_iter().flatten().min() {
+            None => Ok(()),
+            Some((name, shard)) => Err(error::corrupt(format!(
+                "{}: `{name}` is not in shard {}",
+                self.file_name, self.shards[*shard]
+            ))),
+        }
+    }
+}
+
+impl<'de: 'a, 'a> Deserialize<'de> for RawMap<'a> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        /// A string that is borrowed where it has no escapes.
+        #[derive(Deserialize)]
+        #[serde(transparent)]
+        struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
+
+        struct Tensors;
+
+        impl<'de> Visitor<'de> for Tensors {
+            type Value = RawMap<'de>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object of strings")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<RawMap<'de>, A::Error> {
+                let (mut tensors, mut shards) = (Vec::new(), Vec::new());
+                let mut known = HashMap::new();
+                let mut last = 0;
+                while let Some((Text(name), Text(shard))) = map.next_entry()? {
+                    // Most tensors are in the shard of the one before.
+                    if shards.get(last) != Some(&shard) {
+                        last = *known.entry(shard).or_insert_with_key(|shard| {
+                            shards.push(shard.clone());
+                            shards.len() - 1
+                        });
+                    }
+                    tensors.push((name, last));
+                }
+                if let Some(name) = first_duplicate(tensors.iter().map(|(name, _)| &**name)) {
+                    return Err(A::Error::custom(format_args!("`{name}` stands twice")));
+                }
+                Ok(RawMap { tensors, shards })
+            }
+        }
+
+        deserializer.deserialize_map(Tensors)
     }
 }
 
@@ -223,9 +294,9 @@ mod tests {
     fn keeps_metadata_and_sorts_shards() {
         let json = r#"{"metadata":{"total_size":7,"modality":"text"},
                        "weight_map":{"b":"2.safetensors","a":"1.safetensors","c":"1.safetensors"}}"#;
-        let index = Index::parse("i", json.as_bytes()).expect("valid");
+        let (index, WeightMap(tensors)) = Index::parse("i", json.as_bytes()).expect("valid");
         assert_eq!(index.shards, ["1.safetensors", "2.safetensors"]);
-        assert_eq!(index.weight_map["b"], 1);
+        assert_eq!(tensors, [("b".into(), 1), ("a".into(), 0), ("c".into(), 0)]);
         assert_eq!(index.metadata["modality"], "text");
     }
 

@@ -24,6 +24,8 @@ pub(crate) use index::is_adapter;
 pub use index::{INDEX_SUFFIX, Index, find_index_file};
 
 use crate::error::{self, Error, ErrorKind, Result};
+use crate::threads;
+use index::WeightMap;
 
 /// A checkpoint opened for reading: one model, in one directory.
 #[derive(Debug)]
@@ -80,7 +82,7 @@ impl Checkpoint {
         let metadata = path.metadata().map_err(|cause| Error::io(path.display(), cause))?;
         let (dir, index, names) = if metadata.is_dir() {
             match find_index_file(path)? {
-                Some(index) => (path, Some(Index::read(&index)?), Vec::new()),
+                Some(index) => (path, Some(index), Vec::new()),
                 None => (path, None, index::unindexed_shards(path)?),
             }
         } else {
@@ -90,7 +92,7 @@ impl Checkpoint {
             };
             let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
             if name.ends_with(INDEX_SUFFIX) {
-                (dir, Some(Index::read(path)?), Vec::new())
+                (dir, Some(path.to_owned()), Vec::new())
             } else if name.ends_with(".safetensors") {
                 (dir, None, vec![name])
             } else {
@@ -100,19 +102,28 @@ impl Checkpoint {
                 )));
             }
         };
-        Self::assemble(dir, index, names)
+        let Some(index) = index else { return Self::assemble(dir, None, names) };
+        let text = std::fs::read(&index).map_err(|cause| Error::io(index.display(), cause))?;
+        let name = index.file_name().unwrap_or_default().to_string_lossy();
+        let parsed = Index::parse(&name, &text).map_err(|error| error.within(&name))?;
+        let names = parsed.0.shards.clone();
+        Self::assemble(dir, Some(parsed), names)
     }
 
-    fn assemble(dir: &Path, index: Option<Index>, names: Vec<String>) -> Result<Self> {
+    fn assemble(
+        dir: &Path,
+        index: Option<(Index, WeightMap<'_>)>,
+        names: Vec<String>,
+    ) -> Result<Self> {
         let dir = dir.canonicalize().map_err(|cause| Error::io(dir.display(), cause))?;
-        let names = index.as_ref().map_or(names, |index| index.shards.clone());
+        let opened = threads::map(names.len(), |position| Shard::open(&dir, &names[position]));
         let mut shards = Vec::with_capacity(names.len());
         let mut tensors = Vec::new();
-        for (position, name) in names.into_iter().enumerate() {
-            let (shard, entries) = Shard::open(&dir, &name).map_err(|error| match &index {
-                Some(index) if error.kind() == ErrorKind::NotFound => error::corrupt(format!(
-                    "{}: names shard {name}, which is missing",
-                    index.file_name
+        for (position, opened) in opened.into_iter().enumerate() {
+            let (shard, entries) = opened.map_err(|error| match &index {
+                Some((index, _)) if error.kind() == ErrorKind::NotFound => error::corrupt(format!(
+                    "{}: names shard {}, which is missing",
+                    index.file_name, names[position]
                 )),
                 _ => error,
             })?;
@@ -129,11 +140,11 @@ impl Checkpoint {
             let [first, second] = twins.each_ref().map(|twin| shards[twin.shard()].file.name());
             error::corrupt(format!("`{}` stands both in {first} and in {second}", twins[0].name))
         })?;
-        if let Some(index) = &index {
-            check_index(index, &catalog)?;
+        if let Some((index, weight_map)) = &index {
+            index.check(weight_map, &catalog)?;
         }
         let config = Config::read(&dir)?;
-        Ok(Self { dir, catalog, shards, index, config })
+        Ok(Self { dir, catalog, shards, index: index.map(|(index, _)| index), config })
     }
 
     /// The canonical path of the directory that holds the checkpoint.
@@ -209,24 +220,6 @@ impl Shard {
         let (source, file) = SourceFile::open(dir, name)?;
         let header = Header::read(&file, source.len()).map_err(|error| error.within(name))?;
         Ok((Self { file: Arc::new(source), metadata: header.metadata }, header.entries))
-    }
-}
-
-/// Every tensor of the index must be in the shard that the index names.
-fn check_index(index: &Index, catalog: &Catalog) -> Result<()> {
-    let mut wrong: Vec<(&str, usize)> = index
-        .weight_map
-        .iter()
-        .filter(|(name, shard)| catalog.find(name).is_none_or(|id| catalog[id].shard() != **shard))
-        .map(|(name, shard)| (name.as_str(), *shard))
-        .collect();
-    wrong.sort_unstable();
-    match wrong.first() {
-        None => Ok(()),
-        Some((name, shard)) => Err(error::corrupt(format!(
-            "{}: `{name}` is not in shard {}",
-            index.file_name, index.shards[*shard]
-        ))),
     }
 }
 
