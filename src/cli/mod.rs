@@ -14,7 +14,7 @@ use clap::{Parser, Subcommand, ValueEnum};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::FORMATS;
 use crate::quant::{Granularity, Quality, Storage};
-use crate::recipe::{Request, ScaleFormat};
+use crate::recipe::{Override, Request, ScaleFormat};
 use crate::view::Budget;
 
 /// Show a safetensors checkpoint as a quantized one, without writing it.
@@ -167,7 +167,7 @@ struct RecipeArgs {
 
     /// Weights of a row that share a scale: a number, or `channel` for the whole row
     /// [default: the format's, mostly 128]
-    #[arg(long, value_name = "N|channel", value_parser = granularity)]
+    #[arg(long, value_name = "N|channel", value_parser = str::parse::<Granularity>)]
     group_size: Option<Granularity>,
 
     /// Codes are centred on zero [default: the format's, mostly this]
@@ -196,9 +196,19 @@ struct RecipeArgs {
 
     /// Quantize only modules whose name matches this glob, or regex after `re:`; repeatable
     ///
-    /// It also opts in what is kept otherwise, such as `lm_head` or a vision tower.
+    /// It also opts in the vision and audio towers and projectors that it matches.
     #[arg(long, value_name = "PATTERN")]
     only: Vec<String>,
+
+    /// Quantize modules whose name matches otherwise: to BITS, in groups of GROUP or `channel`, or
+    /// not at all where BITS is `keep`; repeatable
+    ///
+    /// Of several that match a module, the last one counts. Weights that loaders read as one (q, k and
+    /// v; gate and up; all experts) share what any of them is set to. A vision or audio tower or a
+    /// projector is opted in by a pattern that names it. compressed-tensors and mlx can mix schemes;
+    /// in other formats modules can only be kept.
+    #[arg(long, value_name = "PATTERN=BITS[/GROUP]", value_parser = str::parse::<Override>)]
+    set: Vec<Override>,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -256,20 +266,13 @@ impl RecipeArgs {
             }),
             skip: self.skip.clone(),
             only: self.only.clone(),
+            set: self.set.clone(),
         }
     }
 }
 
 fn format_names() -> Vec<clap::builder::PossibleValue> {
     FORMATS.iter().map(|f| clap::builder::PossibleValue::new(f.name()).help(f.about())).collect()
-}
-
-fn granularity(text: &str) -> Result<Granularity, String> {
-    match text.parse::<u32>() {
-        _ if text == "channel" => Ok(Granularity::Channel),
-        Ok(size) if size > 0 => Ok(Granularity::Group(size)),
-        _ => Err("neither a number of weights nor `channel`".to_owned()),
-    }
 }
 
 /// Memory knobs.
@@ -401,6 +404,17 @@ mod tests {
                     ..base()
                 }),
             ),
+            (
+                "--set *.down_proj=8/channel --set a=keep",
+                Some(Request {
+                    set: ["*.down_proj=8/channel", "a=16"]
+                        .map(|s| s.parse().expect("valid"))
+                        .into(),
+                    ..base()
+                }),
+            ),
+            ("--set a", None),
+            ("--set a=x", None),
             ("--format no-such", None),
         ];
         for (line, expected) in cases {

@@ -21,7 +21,7 @@
 
 use serde_json::{Value, json};
 
-use super::compressed_tensors::{declared, group};
+use super::ct_config::{declared, group};
 use super::takes::{Grain, Takes};
 use super::{Format, Plan, Reader, by_layout, ran};
 use crate::error::Result;
@@ -166,9 +166,9 @@ impl Format for CtFloat {
         for (key, value) in (self.weights)().as_object().into_iter().flatten() {
             weights[key] = value.clone();
         }
-        let groups =
-            json!({ "group_0": group(self.format, "Linear", weights, (self.activations)()) });
-        let value = declared(&self.format.into(), &groups, plan.assignment.ignore());
+        let value = declared(&plan, catalog, scheme, |_, target| {
+            group(self.format, target, weights.clone(), (self.activations)())
+        });
         plan.declare("quantization_config", value);
         Ok(plan)
     }

@@ -45,6 +45,7 @@ impl Format for Dense {
             ("symmetry", request.symmetric.is_some()),
             ("scale format", request.scale_format.is_some()),
             ("storage type", request.storage.is_some()),
+            ("--set", !request.set.is_empty()),
         ];
         if let Some((what, _)) = given.into_iter().find(|(_, given)| *given) {
             return Err(error::invalid(format!(

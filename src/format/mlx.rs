@@ -24,7 +24,7 @@ use crate::error::Result;
 use crate::quant::{
     AffineScheme, Granularity, MicroDialect, MicroFloat, MicroScheme, Quality, Scheme,
 };
-use crate::recipe::{Assignment, Decision, Request};
+use crate::recipe::{Assignment, Decision, Joined, Offer, Request, module_of};
 use crate::source::Catalog;
 
 /// One of MLX's modes of quantization.
@@ -101,15 +101,19 @@ impl Format for Mlx {
 
     fn plan(&self, catalog: &Catalog, config: Option<&Value>, request: &Request) -> Result<Plan> {
         self.takes.check(self.name, request)?;
-        let bits = self.takes.bits(request);
-        let Granularity::Group(group_size) = self.takes.granularity(request) else {
-            unreachable!("MLX has groups")
+        let numbers = |request: &Request| match self.takes.granularity(request) {
+            Granularity::Group(size) => (self.takes.bits(request), size),
+            Granularity::Channel => unreachable!("MLX has groups"),
         };
-        let scheme = (self.scheme)(bits, group_size, request.quality);
-        let assignment = Assignment::with_ends(catalog, config, request, scheme)?;
+        let scheme = |request: &Request| {
+            let (bits, group_size) = numbers(request);
+            (self.scheme)(bits, group_size, request.quality)
+        };
+        let offer = Offer::mixed(request, Joined::Stacks, |request| scheme(request).into());
+        let assignment = Assignment::with_ends(catalog, config, request, offer)?;
         let mut plan = Plan::new(assignment, catalog.tensors().len() * 3);
         plan.framework = "mlx";
-        let suffixes: &[&str] = match scheme {
+        let suffixes: &[&str] = match scheme(request) {
             Scheme::Affine(_) => &["weight", "scales", "biases"],
             _ => &["weight", "scales"],
         };
@@ -119,7 +123,16 @@ impl Format for Mlx {
                 Decision::Keep { .. } => plan.keep(id),
             }
         }
-        let declared = json!({ "group_size": group_size, "bits": bits, "mode": self.mode });
+        let describe = |bits: u8, group_size: u32| json!({ "group_size": group_size, "bits": bits, "mode": self.mode });
+        let (bits, group_size) = numbers(request);
+        let mut declared = describe(bits, group_size);
+        for weight in &plan.weights {
+            if let Scheme::Affine(AffineScheme { bits: own, group_size: of, .. }) = weight.scheme
+                && (own, of) != (bits, group_size)
+            {
+                declared[module_of(&catalog[weight.tensor].name)] = describe(own, of);
+            }
+        }
         plan.declare("quantization", declared.clone());
         plan.declare("quantization_config", declared);
         Ok(plan)

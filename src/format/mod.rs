@@ -7,6 +7,7 @@
 mod bitsandbytes;
 mod compressed_tensors;
 pub(crate) mod config;
+mod ct_config;
 mod ct_float;
 mod dense;
 mod fp8_block;

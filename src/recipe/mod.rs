@@ -2,6 +2,7 @@
 
 mod ignore;
 mod linear;
+mod overrides;
 mod pattern;
 mod quantized;
 mod vocabulary;
@@ -12,11 +13,12 @@ use std::collections::HashMap;
 use serde_json::Value;
 
 use crate::dtype::Dtype;
-use crate::error::Result;
+use crate::error::{self, Result};
 use crate::quant::{Granularity, Quality, Scheme, Storage};
 use crate::source::{Catalog, Tensor, TensorId};
 use ignore::KeptModule;
 use linear::{Kind, Reason};
+pub use overrides::{Joined, Override, Setting, stack_of};
 use pattern::Patterns;
 
 /// What the user asked for: flags, before any checkpoint is looked at.
@@ -40,6 +42,8 @@ pub struct Request {
     pub skip: Vec<String>,
     /// The only modules to quantize: globs, or regexes after `re:`; empty for all.
     pub only: Vec<String>,
+    /// What some modules become instead; of those that match one, the last counts.
+    pub set: Vec<Override>,
 }
 
 impl Default for Request {
@@ -54,6 +58,7 @@ impl Default for Request {
             storage: None,
             skip: Vec::new(),
             only: Vec::new(),
+            set: Vec::new(),
         }
     }
 }
@@ -98,6 +103,38 @@ impl From<Scheme> for Schemes {
     }
 }
 
+impl Schemes {
+    /// That of a module.
+    fn of(self, module: &str) -> Scheme {
+        if is_expert(module) { self.experts } else { self.dense }
+    }
+}
+
+/// All that a format offers for a request.
+#[derive(Clone, Debug)]
+pub struct Offer {
+    schemes: Schemes,
+    /// In place of `schemes`, for each of the request's overrides; none where the format has one
+    /// scheme for a whole checkpoint.
+    overrides: Vec<Option<Schemes>>,
+    joined: Joined,
+}
+
+impl Offer {
+    /// A format whose checkpoints may mix schemes: those of a request, whatever its bits and groups.
+    /// Weights that its loaders read as one share one.
+    pub fn mixed(request: &Request, joined: Joined, schemes: impl Fn(&Request) -> Schemes) -> Self {
+        let of = |set: &Override| set.applied(request).map(|request| schemes(&request));
+        Self { schemes: schemes(request), overrides: request.set.iter().map(of).collect(), joined }
+    }
+}
+
+impl<T: Into<Schemes>> From<T> for Offer {
+    fn from(schemes: T) -> Self {
+        Self { schemes: schemes.into(), overrides: Vec::new(), joined: Joined::Projections }
+    }
+}
+
 /// A decision for every tensor of a catalog, with its reason.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Assignment {
@@ -107,21 +144,22 @@ pub struct Assignment {
 }
 
 impl Assignment {
-    /// Decides for every tensor, offering one of `schemes` to each.
+    /// Decides for every tensor, giving each one of the schemes offered.
     ///
     /// Quantized is what is provably the weight of a Linear, is not spared for the
     /// part it plays unless `--only` names it, passes the request's patterns, and is accepted by
     /// the scheme. Weights that loaders fuse into one share one decision.
     ///
     /// # Errors
-    /// `Invalid` for a malformed pattern, `Unsupported` for a checkpoint that is quantized already.
+    /// `Invalid` for a malformed pattern and for overrides where the format has one scheme,
+    /// `Unsupported` for a checkpoint that is quantized already.
     pub fn new(
         catalog: &Catalog,
         config: Option<&Value>,
         request: &Request,
-        schemes: impl Into<Schemes>,
+        offer: impl Into<Offer>,
     ) -> Result<Self> {
-        Self::decide(catalog, config, request, schemes.into(), Ends::Keep)
+        Self::decide(catalog, config, request, &offer.into(), Ends::Keep)
     }
 
     /// As [`new`](Self::new), for a loader that takes token embeddings and the output head
@@ -133,20 +171,29 @@ impl Assignment {
         catalog: &Catalog,
         config: Option<&Value>,
         request: &Request,
-        schemes: impl Into<Schemes>,
+        offer: impl Into<Offer>,
     ) -> Result<Self> {
         let ends = if is_untied(config) { Ends::QuantizeBoth } else { Ends::QuantizeEmbedding };
-        Self::decide(catalog, config, request, schemes.into(), ends)
+        Self::decide(catalog, config, request, &offer.into(), ends)
     }
 
     fn decide(
         catalog: &Catalog,
         config: Option<&Value>,
         request: &Request,
-        schemes: Schemes,
+        offer: &Offer,
         ends: Ends,
     ) -> Result<Self> {
         quantized::refuse(catalog, config)?;
+        let sets_bits = |set: &&Override| set.to != Setting::Keep;
+        if let (Some(set), true) = (request.set.iter().find(sets_bits), offer.overrides.is_empty())
+        {
+            return Err(error::invalid(format!(
+                "--set {:?}: {} has one scheme for a whole checkpoint, and takes PATTERN=keep alone; \
+                 compressed-tensors and mlx take several",
+                set.pattern, request.format
+            )));
+        }
         let skip = Patterns::new("--skip", &request.skip)?;
         let only = Patterns::new("--only", &request.only)?;
         let entries: Vec<linear::Entry<'_>> = catalog
@@ -159,14 +206,18 @@ impl Assignment {
             })
             .collect();
         let kinds = linear::classify(&entries, config);
-        let mut decisions: Vec<Decision> = catalog
-            .tensors()
-            .iter()
-            .zip(&kinds)
-            .map(|(tensor, kind)| decide(tensor, *kind, &skip, &only, schemes, ends))
-            .collect();
+        let (choices, mut warnings) = overrides::choose(catalog, &kinds, request, offer.joined)?;
+        let judge = |((tensor, kind), choice): ((&Tensor, &Kind), Option<usize>)| {
+            let (set, schemes) = match choice {
+                Some(choice) => (Some(&request.set[choice]), offer.overrides.get(choice)),
+                None => (None, None),
+            };
+            let schemes = schemes.copied().flatten().unwrap_or(offer.schemes);
+            decide(tensor, *kind, &skip, &only, set, schemes, ends)
+        };
+        let mut decisions: Vec<Decision> =
+            catalog.tensors().iter().zip(&kinds).zip(choices).map(judge).collect();
         keep_fused_together(catalog, &mut decisions);
-        let mut warnings = Vec::new();
         let modules = || catalog.tensors().iter().map(|tensor| module_of(&tensor.name));
         for (flag, patterns) in [("--skip", &skip), ("--only", &only)] {
             for pattern in patterns.unused(modules()) {
@@ -190,7 +241,7 @@ impl Assignment {
                 "experts are kept: transformers 5 can't load them into a quantized model"
                     .to_owned(),
             );
-        } else if schemes.experts != schemes.dense
+        } else if offer.schemes.experts != offer.schemes.dense
             && experts(&|decision| matches!(decision, Decision::Quantize(_)))
         {
             warnings.push(
@@ -232,6 +283,16 @@ impl std::ops::Index<TensorId> for Assignment {
 /// The module that a tensor belongs to: its name without its last component.
 pub fn module_of(tensor: &str) -> &str {
     tensor.rsplit_once('.').map_or(tensor, |(module, _)| module)
+}
+
+/// Other names by which a loader may hold a quantized module, be it as a part of a fused one.
+pub fn names_in_loaders(module: &str) -> Vec<String> {
+    let mut names = ignore::loader_names(module);
+    if let Some(fused) = vocabulary::fused_name(module) {
+        names.extend(ignore::loader_names(&fused));
+        names.push(fused);
+    }
+    names
 }
 
 /// Whether the module belongs to one of several experts that are stored one by one.
@@ -281,6 +342,7 @@ fn decide(
     kind: Kind,
     skip: &Patterns,
     only: &Patterns,
+    set: Option<&Override>,
     schemes: Schemes,
     ends: Ends,
 ) -> Decision {
@@ -289,7 +351,9 @@ fn decide(
     match kind {
         Kind::Linear => {}
         Kind::Spared(reason) | Kind::Other(reason) if ends.quantizes(module, reason) => {}
-        Kind::Spared(reason) if reason.is_opt_in() && only.find(module).is_some() => {}
+        Kind::Spared(reason)
+            if reason.is_opt_in() && only.find(module).is_some()
+                || set.is_some_and(|set| set.opts_in(reason)) => {}
         Kind::Spared(reason) | Kind::Doubtful(reason) | Kind::Other(reason) => {
             return keep(reason.as_str().into());
         }
@@ -300,7 +364,10 @@ fn decide(
     if let Some(pattern) = skip.find(module) {
         return keep(format!("--skip {pattern:?}").into());
     }
-    let scheme = if is_expert(module) { schemes.experts } else { schemes.dense };
+    if let Some(Override { pattern, to: Setting::Keep }) = set {
+        return keep(format!("--set {pattern:?}").into());
+    }
+    let scheme = schemes.of(module);
     match scheme.accepts(tensor.dtype, &tensor.shape) {
         Ok(()) => Decision::Quantize(scheme),
         Err(reason) => keep(reason.into()),

@@ -18,6 +18,18 @@ pub(super) fn fused_group(module: &str) -> Option<(&str, &'static str)> {
     Some((parent, family))
 }
 
+/// The name that engines have for all of a module's [`fused_group`].
+pub(super) fn fused_name(module: &str) -> Option<String> {
+    let (parent, family) = fused_group(module)?;
+    let leaf = match family {
+        "qkv" => "qkv_proj",
+        "gate_up" => "gate_up_proj",
+        "qkv_a" => "fused_qkv_a_proj",
+        family => family,
+    };
+    Some(if parent.is_empty() { leaf.to_owned() } else { format!("{parent}.{leaf}") })
+}
+
 /// What the words of one component of a name say about the part of the model that it begins.
 pub(super) fn part_named(component: &str) -> Option<Reason> {
     match component {
