@@ -6,7 +6,7 @@ use std::sync::LazyLock;
 
 use aq_fs::export::{Options, export};
 use aq_fs::format::FORMATS;
-use aq_fs::quant::{Granularity, Quality};
+use aq_fs::quant::{Granularity, Quality, Real};
 use aq_fs::recipe::{Decision, Request};
 use aq_fs::view::{Budget, NodeId, NodeKind, View};
 use proptest::prelude::*;
@@ -23,6 +23,15 @@ fn requests() -> Vec<Request> {
         .iter()
         .map(|format| Request { format: format.name().to_owned(), ..Request::default() })
         .collect();
+    let dense = || Request { format: "dense".to_owned(), ..Request::default() };
+    for dtype in [Real::Bf16, Real::F16, Real::F32] {
+        requests.push(Request { dtype: Some(dtype), ..dense() });
+    }
+    for format in FORMATS.iter().filter(|format| format.name() != "dense") {
+        let simulate = Some(format.name().to_owned());
+        requests.push(Request { simulate: simulate.clone(), ..dense() });
+        requests.push(Request { simulate, dtype: Some(Real::F32), ..dense() });
+    }
     for bits in 2..=8 {
         for symmetric in [true, false] {
             for granularity in [Granularity::Group(32), Granularity::Channel] {

@@ -7,6 +7,7 @@ use std::os::unix::fs::symlink;
 use std::path::Path;
 
 use aq_fs::error::ErrorKind;
+use aq_fs::quant::Real;
 use aq_fs::recipe::Request;
 use aq_fs::view::{Budget, NodeKind, View};
 use safetensors::Dtype;
@@ -180,6 +181,70 @@ fn a_pipeline_is_one_view_of_several_checkpoints() {
     let source = fs::read(transformer.join("diffusion_pytorch_model.safetensors")).expect("there");
     assert!(shown == source);
     assert!(view.warnings().iter().any(|w| w.starts_with("transformer: shown as it is")));
+}
+
+#[test]
+fn a_pipeline_s_own_components_can_carry_the_error_of_a_format() {
+    let dir = tempfile::tempdir().expect("a directory");
+    fs::write(dir.path().join("model_index.json"), "{}").expect("written");
+    support::llama(&dir.path().join("text_encoder"));
+    let transformer = dir.path().join("transformer");
+    fs::create_dir(&transformer).expect("made");
+    let weights = [Tensor::weights("blocks.0.attn.to_q.weight", Dtype::BF16, &[128, 128])];
+    let file = "transformer/diffusion_pytorch_model.safetensors";
+    support::write_shard(&dir.path().join(file), &weights);
+    let config = r#"{"_class_name": "X", "_diffusers_version": "0.36.0"}"#;
+    fs::write(transformer.join("config.json"), config).expect("written");
+    let request = Request { simulate: Some("compressed-tensors".into()), ..Request::default() };
+    let view = View::open(dir.path(), &request, Budget::default()).expect("a view");
+    let encoder = parsed(&view, "text_encoder/config.json");
+    assert_eq!(encoder["quantization_config"]["quant_method"], "compressed-tensors");
+    assert_eq!(read(&view, "transformer/config.json"), config.as_bytes());
+    let shown = read(&view, file);
+    let shown = safetensors::SafeTensors::deserialize(&shown).expect("a shard");
+    let shown = shown.tensor("blocks.0.attn.to_q.weight").expect("by its own name");
+    assert_eq!((shown.dtype(), shown.shape()), (Dtype::BF16, &[128, 128][..]));
+    assert!(shown.data() != weights[0].data, "it carries an error");
+    // Outside of a pipeline there is nothing that this could mean.
+    let error = View::open(&dir.path().join("text_encoder"), &request, Budget::default());
+    let complaint = error.map(|_| ()).expect_err("opened").to_string();
+    assert!(complaint.contains("--format dense"), "{complaint}");
+}
+
+#[test]
+fn plain_numbers_have_the_type_asked_for_and_the_config_says_so() {
+    let dir = tempfile::tempdir().expect("a directory");
+    support::llama(dir.path());
+    let text = r#"{"model_type": "llama", "torch_dtype": "bfloat16", "eps": Infinity,
+        "text_config": {"dtype": "bfloat16", "layers": 2}, "other": {"layers": 3}}"#;
+    fs::write(dir.path().join("config.json"), text).expect("written");
+    for simulate in [None, Some("mlx".to_owned())] {
+        let request = Request {
+            format: "dense".to_owned(),
+            dtype: Some(Real::F16),
+            simulate,
+            ..Request::default()
+        };
+        let view = View::open(dir.path(), &request, Budget::default()).expect("a view");
+        let config = String::from_utf8(read(&view, "config.json")).expect("UTF-8");
+        assert!(config.contains("\"eps\": Infinity"), "{config}");
+        let config: Value = serde_json::from_str(&config.replace("Infinity", "0")).expect("JSON");
+        assert_eq!(config["torch_dtype"], "float16");
+        assert_eq!(config["text_config"], json!({"dtype": "float16", "layers": 2}));
+        assert_eq!(config["other"], json!({"layers": 3}));
+        for shard in 1..=3 {
+            let file = format!("model-0000{shard}-of-00003.safetensors");
+            let (shown, source) = (read(&view, &file), fs::read(dir.path().join(&file)));
+            let source = source.expect("there");
+            let shown = safetensors::SafeTensors::deserialize(&shown).expect("a shard");
+            let source = safetensors::SafeTensors::deserialize(&source).expect("a shard");
+            assert_eq!(shown.len(), source.len());
+            for (name, tensor) in source.tensors() {
+                let shown = shown.tensor(&name).expect("by its own name");
+                assert_eq!((shown.dtype(), shown.shape()), (Dtype::F16, tensor.shape()), "{name}");
+            }
+        }
+    }
 }
 
 #[test]

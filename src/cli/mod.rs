@@ -13,7 +13,7 @@ use clap::{Parser, Subcommand, ValueEnum};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::FORMATS;
-use crate::quant::{Granularity, Quality, Storage};
+use crate::quant::{Granularity, Quality, Real, Storage};
 use crate::recipe::{Override, Request, ScaleFormat};
 use crate::view::Budget;
 
@@ -148,14 +148,10 @@ fn bytes(bytes: u64) -> String {
 #[derive(Clone, Debug, clap::Args)]
 #[command(next_help_heading = "Recipe")]
 struct RecipeArgs {
-    /// How the quantized checkpoint is written down
-    #[arg(
-        long,
-        value_name = "NAME",
-        default_value = "compressed-tensors",
-        value_parser = PossibleValuesParser::new(format_names())
-    )]
-    format: String,
+    /// How the quantized checkpoint is written down [default: compressed-tensors, or dense where
+    /// plain numbers are asked for]
+    #[arg(long, value_name = "NAME", value_parser = PossibleValuesParser::new(format_names()))]
+    format: Option<String>,
 
     /// Bits per weight, 2 to 8 where the format has them [default: the format's, mostly 4]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=16))]
@@ -189,6 +185,15 @@ struct RecipeArgs {
     /// What codes of bitsandbytes are declared as, for sharded training [default: u8]
     #[arg(long, value_name = "TYPE", value_enum)]
     storage: Option<StorageArg>,
+
+    /// Show plain numbers that carry the error of this format. Beside another --format: those of a
+    /// diffusers pipeline's own components, which are shown as they are otherwise
+    #[arg(long, value_name = "NAME")]
+    simulate: Option<String>,
+
+    /// The element type of plain numbers [default: the source's]
+    #[arg(long, value_name = "TYPE", value_enum)]
+    dtype: Option<RealArg>,
 
     /// Keep modules whose name matches this glob, or regex after `re:`; repeatable
     #[arg(long, value_name = "PATTERN")]
@@ -238,6 +243,13 @@ enum StorageArg {
     F32,
 }
 
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum RealArg {
+    Bf16,
+    F16,
+    F32,
+}
+
 impl RecipeArgs {
     fn request(&self) -> Request {
         let bits = self.profile.map(|profile| match profile {
@@ -245,8 +257,10 @@ impl RecipeArgs {
             Profile::Local => 4,
             Profile::Cloud => 8,
         });
+        let dense = self.simulate.is_some() || self.dtype.is_some();
+        let format = if dense { "dense" } else { "compressed-tensors" };
         Request {
-            format: self.format.clone(),
+            format: self.format.clone().unwrap_or_else(|| format.to_owned()),
             bits: self.bits.or(bits),
             granularity: self.group_size,
             symmetric: (self.symmetric || self.asymmetric).then_some(self.symmetric),
@@ -263,6 +277,12 @@ impl RecipeArgs {
                 StorageArg::Bf16 => Storage::Bf16,
                 StorageArg::F16 => Storage::F16,
                 StorageArg::F32 => Storage::F32,
+            }),
+            simulate: self.simulate.clone(),
+            dtype: self.dtype.map(|dtype| match dtype {
+                RealArg::Bf16 => Real::Bf16,
+                RealArg::F16 => Real::F16,
+                RealArg::F32 => Real::F32,
             }),
             skip: self.skip.clone(),
             only: self.only.clone(),
@@ -396,6 +416,23 @@ mod tests {
             ("--asymmetric", Some(Request { symmetric: Some(false), ..base() })),
             ("--asymmetric --symmetric", None),
             ("--quality reference", Some(Request { quality: Quality::Reference, ..base() })),
+            (
+                "--dtype f16",
+                Some(Request { format: "dense".into(), dtype: Some(Real::F16), ..base() }),
+            ),
+            (
+                "--simulate mlx --bits 3",
+                Some(Request {
+                    format: "dense".into(),
+                    simulate: Some("mlx".into()),
+                    bits: Some(3),
+                    ..base()
+                }),
+            ),
+            (
+                "--format bnb-nf4 --simulate mlx",
+                Some(Request { format: "bnb-nf4".into(), simulate: Some("mlx".into()), ..base() }),
+            ),
             (
                 "--skip a --skip re:b --only c",
                 Some(Request {

@@ -2,6 +2,8 @@
 
 use serde_json::{Map, Value};
 
+use super::Edit;
+
 /// The text of a JSON object with top-level members removed and others appended.
 ///
 /// What is appended is indented by two spaces, as transformers writes its configs. `text` is an
@@ -32,6 +34,20 @@ pub(crate) fn edited(text: &str, remove: &[&str], append: &Map<String, Value>) -
     }
     out.push_str(&text[close..]);
     out
+}
+
+/// The same for an object that is a member of the text's, where it is one.
+pub(crate) fn edited_within(text: &str, member: &str, edit: &Edit) -> String {
+    let (_, members, _) = members(text);
+    let Some((_, span)) = members.into_iter().find(|(key, _)| key == member) else {
+        return text.to_owned();
+    };
+    let Some(brace) = text[span.clone()].find('{') else { return text.to_owned() };
+    let start = span.start + brace;
+    let value = text[start..span.end].trim_end();
+    let value = edited(value, &edit.remove, &edit.set);
+    let rest = text[start..span.end].trim_end().len() + start;
+    format!("{}{value}{}", &text[..start], &text[rest..])
 }
 
 type Member = (String, std::ops::Range<usize>);
@@ -86,6 +102,26 @@ mod tests {
     fn check(text: &str, remove: &[&str], append: Value, expected: &str) {
         let append = append.as_object().expect("an object").clone();
         assert_eq!(edited(text, remove, &append), expected);
+    }
+
+    #[test]
+    fn a_nested_object_is_edited_in_place() {
+        let edit = |remove: &[&'static str], set: Value| Edit {
+            remove: remove.to_vec(),
+            set: set.as_object().expect("an object").clone(),
+        };
+        #[track_caller]
+        fn check(text: &str, edit: &Edit, expected: &str) {
+            assert_eq!(edited_within(text, "t", edit), expected);
+        }
+        let both = edit(&["q"], json!({"d": "x"}));
+        check(
+            r#"{"a": Infinity, "t" : {"d": "y", "q": {"t": 1}} , "b": 1}"#,
+            &both,
+            "{\"a\": Infinity, \"t\" : {\n  \"d\": \"x\"\n} , \"b\": 1}",
+        );
+        check(r#"{"t":{"q":[],"e":1}}"#, &edit(&["q"], json!({})), r#"{"t":{"e":1}}"#);
+        check(r#"{"t": 1, "b": {"t": {}}}"#, &both, r#"{"t": 1, "b": {"t": {}}}"#);
     }
 
     #[test]

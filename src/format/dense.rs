@@ -1,13 +1,21 @@
-//! The identity: every tensor as it is in the source.
+//! Plain numbers: the source's own, in another type, or with the error of another format.
+//!
+//! ```text
+//! X   as X, or BF16, F16, F32   as X
+//! ```
+//!
+//! Every tensor keeps its name and shape. What another format would quantize is encoded and decoded
+//! again where that is simulated, as a loader of the source's element type does it.
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
-use super::{Format, Grain, Plan, Reader, Takes, by_layout, ran};
+use super::{Edit, Format, Grain, Plan, Reader, Takes, Weight, by_layout, ran};
 use crate::error::{self, Result};
+use crate::quant::Real;
 use crate::recipe::{Assignment, Request};
 use crate::source::Catalog;
 
-/// `dense`: nothing is quantized.
+/// `dense`: nothing is shown as codes.
 #[derive(Debug)]
 pub(super) struct Dense;
 
@@ -17,7 +25,7 @@ impl Format for Dense {
     }
 
     fn about(&self) -> &'static str {
-        "the source as it is, for every loader"
+        "plain numbers, as the source has them or as --dtype and --simulate say, for every loader"
     }
 
     fn takes(&self) -> Takes {
@@ -38,7 +46,11 @@ impl Format for Dense {
         }
     }
 
-    fn plan(&self, catalog: &Catalog, _: Option<&Value>, request: &Request) -> Result<Plan> {
+    fn plan(&self, catalog: &Catalog, config: Option<&Value>, request: &Request) -> Result<Plan> {
+        let quantized = match &request.simulate {
+            None => None,
+            Some(format) => Some(simulated(format, catalog, config, request)?),
+        };
         let given = [
             ("bits", request.bits.is_some()),
             ("group size", request.granularity.is_some()),
@@ -47,16 +59,69 @@ impl Format for Dense {
             ("storage type", request.storage.is_some()),
             ("--set", !request.set.is_empty()),
         ];
-        if let Some((what, _)) = given.into_iter().find(|(_, given)| *given) {
+        if quantized.is_none()
+            && let Some((what, _)) = given.into_iter().find(|(_, given)| *given)
+        {
             return Err(error::invalid(format!(
-                "format dense quantizes nothing: it takes no {what}"
+                "dense takes no {what} but to --simulate another format"
             )));
         }
-        let mut plan =
-            Plan::new(Assignment::keep_all(catalog, "format dense"), catalog.tensors().len());
-        for id in 0..catalog.tensors().len() {
-            plan.keep(id);
+        let (assignment, weights) = match quantized {
+            Some(Plan { assignment, weights, .. }) => (assignment, weights),
+            None => (Assignment::keep_all(catalog, "format dense"), Vec::new()),
+        };
+        let mut plan = Plan::new(assignment, catalog.tensors().len());
+        let mut weights = weights.into_iter().peekable();
+        for (id, tensor) in catalog.tensors().iter().enumerate() {
+            let own = Real::new(tensor.dtype).filter(|_| !tensor.shape.contains(&0));
+            match (weights.next_if(|weight| weight.tensor == id), own, request.dtype) {
+                (Some(weight), Some(own), to) => {
+                    plan.show(Weight { decoded: Some(to.unwrap_or(own)), ..weight });
+                }
+                (None, Some(own), Some(to)) if to != own => plan.cast(id, to),
+                _ => plan.keep(id),
+            }
+        }
+        if let Some(to) = request.dtype {
+            declare(&mut plan, config, to);
         }
         Ok(plan)
+    }
+}
+
+/// What another format makes of the checkpoint.
+fn simulated(
+    format: &str,
+    catalog: &Catalog,
+    config: Option<&Value>,
+    request: &Request,
+) -> Result<Plan> {
+    if format == "dense" {
+        return Err(error::invalid("dense has no error that --simulate could show"));
+    }
+    let inner =
+        Request { format: format.to_owned(), simulate: None, dtype: None, ..request.clone() };
+    super::find(format)?.plan(catalog, config, &inner)
+}
+
+/// Names the element type in the config, wherever the source's config has one.
+fn declare(plan: &mut Plan, config: Option<&Value>, to: Real) {
+    const KEYS: [&str; 2] = ["torch_dtype", "dtype"];
+    let name = match to {
+        Real::Bf16 => "bfloat16",
+        Real::F16 => "float16",
+        Real::F32 => "float32",
+    };
+    let members = |value: &Value| -> Map<String, Value> {
+        let there = KEYS.into_iter().filter(|key| value.get(key).is_some_and(Value::is_string));
+        there.map(|key| (key.to_owned(), name.into())).collect()
+    };
+    let Some(config) = config else { return };
+    plan.config.extend(members(config));
+    for (key, value) in config.as_object().into_iter().flatten() {
+        let set = members(value);
+        if !set.is_empty() {
+            plan.nested.push((key.clone(), Edit { remove: Vec::new(), set }));
+        }
     }
 }

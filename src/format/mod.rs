@@ -22,9 +22,9 @@ use serde_json::{Map, Value};
 
 use crate::dtype::{self, Dtype};
 use crate::error::{self, Result};
-use crate::quant::Scheme;
+use crate::quant::{CastScheme, Grid, Isa, Part, Real, Scheme, Tile};
 use crate::recipe::{Assignment, Request, module_of};
-use crate::source::{Catalog, TensorId};
+use crate::source::{Catalog, Tensor, TensorId};
 pub use takes::{Grain, Takes, ranges};
 
 /// One way of writing down a quantized checkpoint.
@@ -111,8 +111,19 @@ pub struct Plan {
     /// Members that `config.json` gets, and which replace its own; none where nothing is quantized
     /// and it stays as it is.
     pub config: Map<String, Value>,
+    /// What changes within objects that are members of `config.json`.
+    pub nested: Vec<(String, Edit)>,
     /// The `format` of every shard's metadata.
     pub framework: &'static str,
+}
+
+/// A change of a JSON object.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Edit {
+    /// Members to be removed.
+    pub remove: Vec<&'static str>,
+    /// Members that are added, or replace others.
+    pub set: Map<String, Value>,
 }
 
 /// A weight that is encoded.
@@ -122,6 +133,36 @@ pub struct Weight {
     pub tensor: TensorId,
     /// How it becomes codes.
     pub scheme: Scheme,
+    /// The element type of the numbers that it is decoded to again, where those are shown instead
+    /// of its codes.
+    pub decoded: Option<Real>,
+}
+
+impl Weight {
+    /// The tensors that it becomes.
+    pub fn parts(&self, tensor: &Tensor) -> Vec<Part> {
+        match self.decoded {
+            None => self.scheme.parts(tensor.dtype, &tensor.shape),
+            Some(to) => vec![self.scheme.decoded_part(&tensor.shape, to)],
+        }
+    }
+
+    /// How it is cut into chunks of about `source_bytes`.
+    pub fn grid(&self, tensor: &Tensor, source_bytes: u64) -> Grid {
+        let (dtype, shape) = (tensor.dtype, &tensor.shape);
+        match self.decoded {
+            None => self.scheme.grid(dtype, shape, source_bytes),
+            Some(to) => self.scheme.decoded_grid(dtype, shape, to, source_bytes),
+        }
+    }
+
+    /// Encodes the window of one chunk of [`grid`](Self::grid), all parts in one pass.
+    pub fn encode(&self, isa: Isa, tile: &Tile<'_>, out: &mut [&mut [u8]]) {
+        match self.decoded {
+            None => self.scheme.encode(isa, tile, out),
+            Some(to) => self.scheme.encode_decoded(isa, tile, to, out[0]),
+        }
+    }
 }
 
 /// One tensor that a view shows.
@@ -166,6 +207,7 @@ impl Plan {
             weights: Vec::new(),
             items: Vec::with_capacity(tensors),
             config: Map::new(),
+            nested: Vec::new(),
             framework: "pt",
         }
     }
@@ -178,11 +220,24 @@ impl Plan {
     /// Encodes a source tensor, and shows its parts by the suffixes given, in the scheme's order.
     fn encode(&mut self, id: TensorId, scheme: Scheme, suffixes: &[&'static str]) {
         let weight = self.weights.len();
-        self.weights.push(Weight { tensor: id, scheme });
+        self.weights.push(Weight { tensor: id, scheme, decoded: None });
         for (part, suffix) in suffixes.iter().enumerate() {
             let content = Content::Part { weight, part };
             self.items.push(Item { tensor: id, suffix: Some(suffix), content });
         }
+    }
+
+    /// Shows a source tensor with elements of type `to`.
+    fn cast(&mut self, id: TensorId, to: Real) {
+        let scheme = Scheme::Cast(CastScheme { to });
+        self.show(Weight { tensor: id, scheme, decoded: None });
+    }
+
+    /// Shows a weight of one part by the source tensor's own name.
+    fn show(&mut self, weight: Weight) {
+        let content = Content::Part { weight: self.weights.len(), part: 0 };
+        self.items.push(Item { tensor: weight.tensor, suffix: None, content });
+        self.weights.push(weight);
     }
 
     /// Declares the quantization, if there is any.
@@ -220,8 +275,7 @@ impl Plan {
             Content::Source => (tensor.dtype, tensor.shape.as_slice().into()),
             Content::Inline { dtype, shape, .. } => (*dtype, (&**shape).into()),
             Content::Part { weight, part } => {
-                let scheme = self.weights[*weight].scheme;
-                let part = scheme.parts(tensor.dtype, &tensor.shape).swap_remove(*part);
+                let part = self.weights[*weight].parts(tensor).swap_remove(*part);
                 (part.dtype, part.shape.into())
             }
         }

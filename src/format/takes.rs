@@ -97,6 +97,11 @@ impl Takes {
         {
             return refuse(if only { "is symmetric" } else { "is asymmetric" }.to_owned());
         }
+        if request.simulate.is_some() || request.dtype.is_some() {
+            let text = "shows no plain numbers: --simulate and --dtype go with --format dense, or \
+                        with a diffusers pipeline";
+            return refuse(text.to_owned());
+        }
         if request.scale_format.is_some() && !self.scale_format {
             return refuse("has one format of scales: it takes no --scale-format".to_owned());
         }

@@ -208,14 +208,18 @@ impl CodebookScheme {
 
     pub(super) fn grid(&self, dtype: Dtype, shape: &[u64], source_bytes: u64) -> Grid {
         let weights = shape[0] * shape[1];
-        // Blocks that fill a line of the cache with codes.
-        let unit = u64::from(self.block_size) * 2;
+        let unit = self.unit();
         let parts = [
             PartBytes { unit: unit / 2, slab: weights / 2 },
             PartBytes { unit: 8, slab: weights.div_ceil(self.block_size.into()) * 4 },
         ];
         let element = (dtype.bitsize() / 8) as u64;
         Grid::new((1, 1, weights), Axis::Cols, unit, &parts, element, source_bytes)
+    }
+
+    /// Weights of the blocks that fill a line of the cache with codes.
+    pub(super) fn unit(&self) -> u64 {
+        u64::from(self.block_size) * 2
     }
 
     pub(super) fn encode(&self, isa: Isa, tile: &Tile<'_>, out: &mut [&mut [u8]]) {

@@ -137,7 +137,7 @@ impl Fp8Scheme {
     }
 
     /// Rows and columns of a block, in rows of `cols`.
-    fn block(&self, cols: u64) -> (u64, u64) {
+    pub(super) fn block(&self, cols: u64) -> (u64, u64) {
         match self.grain {
             Fp8Grain::Channel => (1, cols),
             Fp8Grain::Block(size) => (size.into(), size.into()),

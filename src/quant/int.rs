@@ -104,9 +104,12 @@ impl IntScheme {
     }
 
     pub(super) fn grid(&self, dtype: Dtype, shape: &[u64], source_bytes: u64) -> Grid {
-        // `b` words of packed zero points hold those of 32 rows.
-        let unit = if self.symmetric || self.packing == Packing::Int8 { 1 } else { 32 };
-        bands(dtype, shape, unit, |shape| self.parts(dtype, shape), source_bytes)
+        bands(dtype, shape, self.rows_of_unit(), |shape| self.parts(dtype, shape), source_bytes)
+    }
+
+    /// Rows whose bytes are whole in every part: `b` words of packed zero points hold those of 32.
+    pub(super) fn rows_of_unit(&self) -> u64 {
+        if self.symmetric || self.packing == Packing::Int8 { 1 } else { 32 }
     }
 
     pub(super) fn encode(&self, isa: Isa, tile: &Tile<'_>, out: &mut [&mut [u8]]) {

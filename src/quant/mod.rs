@@ -7,6 +7,7 @@
 
 mod affine;
 mod affine_search;
+mod cast;
 mod codebook;
 mod codebook_search;
 mod fp8;
@@ -20,6 +21,7 @@ mod minifloat;
 mod pack;
 mod search;
 mod shape;
+mod simulate;
 #[cfg(test)]
 mod tests;
 mod tile;
@@ -27,6 +29,7 @@ mod tile;
 use crate::dtype::{Dtype, byte_len};
 
 pub use affine::AffineScheme;
+pub use cast::CastScheme;
 pub use codebook::{Codebook, CodebookScheme, Storage};
 pub use fp8::{Fp8Grain, Fp8Scale, Fp8Scheme};
 pub use grid::{Axis, Grid, PartBytes, Window};
@@ -34,7 +37,7 @@ pub use int::{Granularity, IntScheme, Packing};
 pub use isa::Isa;
 pub use llm_int8::LlmInt8Scheme;
 pub use micro::{MicroDialect, MicroFloat, MicroScheme};
-pub use tile::{Reals, Tile};
+pub use tile::{Real, Reals, Tile};
 
 /// How much work goes into the choice of a scale. Never changes shapes or layout.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -60,6 +63,8 @@ pub enum Scheme {
     Codebook(CodebookScheme),
     /// Signed bytes with the largest magnitude of a row.
     LlmInt8(LlmInt8Scheme),
+    /// The same numbers in another type.
+    Cast(CastScheme),
 }
 
 /// What a part of a quantized weight holds.
@@ -73,6 +78,8 @@ pub enum Role {
     ZeroPoint,
     /// What code zero stands for.
     Bias,
+    /// Plain numbers.
+    Reals,
 }
 
 /// One of the tensors that a weight becomes.
@@ -108,6 +115,7 @@ impl Scheme {
             Self::Fp8(scheme) => scheme.accepts(dtype, shape),
             Self::Codebook(scheme) => scheme.accepts(dtype, shape),
             Self::LlmInt8(scheme) => scheme.accepts(dtype, shape),
+            Self::Cast(scheme) => scheme.accepts(dtype, shape),
         }
     }
 
@@ -120,6 +128,7 @@ impl Scheme {
             Self::Fp8(scheme) => scheme.parts(dtype, shape),
             Self::Codebook(scheme) => scheme.parts(dtype, shape),
             Self::LlmInt8(scheme) => scheme.parts(shape),
+            Self::Cast(scheme) => scheme.parts(shape),
         }
     }
 
@@ -132,6 +141,7 @@ impl Scheme {
             Self::Fp8(scheme) => scheme.grid(dtype, shape, source_bytes),
             Self::Codebook(scheme) => scheme.grid(dtype, shape, source_bytes),
             Self::LlmInt8(scheme) => scheme.grid(dtype, shape, source_bytes),
+            Self::Cast(scheme) => scheme.grid(dtype, shape, source_bytes),
         }
     }
 
@@ -149,6 +159,7 @@ impl Scheme {
             Self::Fp8(scheme) => scheme.encode(isa, tile, out),
             Self::Codebook(scheme) => scheme.encode(isa, tile, out),
             Self::LlmInt8(scheme) => scheme.encode(isa, tile, out),
+            Self::Cast(scheme) => scheme.encode(isa, tile, out),
         }
     }
 
@@ -172,6 +183,7 @@ impl Scheme {
             Self::Fp8(scheme) => scheme.decode(dtype, (rows, cols), parts, out),
             Self::Codebook(scheme) => scheme.decode(dtype, (rows, cols), parts, out),
             Self::LlmInt8(scheme) => scheme.decode(dtype, (rows, cols), parts, out),
+            Self::Cast(scheme) => scheme.decode(dtype, (rows, cols), parts, out),
         }
     }
 }
@@ -218,6 +230,10 @@ impl std::fmt::Display for Scheme {
             }
             Self::LlmInt8(_) => {
                 f.write_str("int8, per channel")?;
+                None
+            }
+            Self::Cast(CastScheme { to }) => {
+                write!(f, "as {}", to.dtype())?;
                 None
             }
         };

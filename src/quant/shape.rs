@@ -6,11 +6,17 @@ use super::grid::{Axis, Grid, PartBytes};
 use super::tile::Reals;
 use super::{Part, Role};
 
+/// Whether schemes encode elements of that type.
+pub(super) fn is_real(dtype: Dtype) -> Result<(), String> {
+    match Reals::new(dtype, &[]) {
+        Some(_) => Ok(()),
+        None => Err(format!("element type {dtype:?} is not one of BF16, F16, F32")),
+    }
+}
+
 /// Rows and columns of a matrix that has elements, of a type that schemes encode.
 pub(super) fn matrix(dtype: Dtype, shape: &[u64]) -> Result<(u64, u64), String> {
-    if Reals::new(dtype, &[]).is_none() {
-        return Err(format!("element type {dtype:?} is not one of BF16, F16, F32"));
-    }
+    is_real(dtype)?;
     let &[rows, cols] = shape else {
         return Err(format!("shape {shape:?} is not a matrix"));
     };

@@ -250,16 +250,25 @@ fn encode(
     let (scheme, shape) = (scheme.into(), [rows as u64, cols as u64]);
     let dtype = data.dtype();
     scheme.accepts(dtype, &shape).expect("the scheme takes this shape");
-    let mut parts: Vec<_> =
+    let parts =
         scheme.parts(dtype, &shape).iter().map(|p| vec![0xaa; p.bytes() as usize]).collect();
     let grid = scheme.grid(dtype, &shape, source_bytes);
+    encode_on(&grid, data, parts, |tile, out| scheme.encode(isa, tile, out))
+}
+
+/// Has `encode` fill in `parts` chunk by chunk.
+fn encode_on(
+    grid: &Grid,
+    data: Reals<'_>,
+    mut parts: Vec<Vec<u8>>,
+    encode: impl Fn(&Tile<'_>, &mut [&mut [u8]]),
+) -> Vec<Vec<u8>> {
     let (_, width) = grid.view();
     for k in 0..grid.chunks() {
         let window = grid.window(k);
         let first = window.first_row * width + window.first_col;
-        let first = first as usize * dtype.bitsize() / 8;
         let tile = Tile {
-            data: Reals::new(dtype, &data.bytes()[first..]).expect("a float type"),
+            data: data.skip(first as usize * data.dtype().bitsize() / 8),
             rows: window.rows as usize,
             cols: window.cols as usize,
             stride: width as usize,
@@ -272,7 +281,7 @@ fn encode(
                 &mut part[range.start as usize..range.end as usize]
             })
             .collect();
-        scheme.encode(isa, &tile, &mut out);
+        encode(&tile, &mut out);
     }
     parts
 }

@@ -2,6 +2,38 @@
 
 use crate::dtype::Dtype;
 
+/// A floating-point type that weights are stored in.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Real {
+    /// bfloat16: the upper half of an f32.
+    Bf16,
+    /// IEEE 754 binary16.
+    F16,
+    /// IEEE 754 binary32.
+    F32,
+}
+
+impl Real {
+    /// That element type, if it is one of the three.
+    pub fn new(dtype: Dtype) -> Option<Self> {
+        match dtype {
+            Dtype::BF16 => Some(Self::Bf16),
+            Dtype::F16 => Some(Self::F16),
+            Dtype::F32 => Some(Self::F32),
+            _ => None,
+        }
+    }
+
+    /// The element type.
+    pub fn dtype(self) -> Dtype {
+        match self {
+            Self::Bf16 => Dtype::BF16,
+            Self::F16 => Dtype::F16,
+            Self::F32 => Dtype::F32,
+        }
+    }
+}
+
 /// Elements as the source stores them: little-endian bytes, no alignment promised.
 #[derive(Clone, Copy, Debug)]
 pub enum Reals<'a> {
@@ -28,6 +60,15 @@ impl<'a> Reals<'a> {
     pub fn bytes(&self) -> &'a [u8] {
         match self {
             Self::Bf16(bytes) | Self::F16(bytes) | Self::F32(bytes) => bytes,
+        }
+    }
+
+    /// The elements after the first `bytes` of them.
+    pub(super) fn skip(&self, bytes: usize) -> Self {
+        match self {
+            Self::Bf16(all) => Self::Bf16(&all[bytes..]),
+            Self::F16(all) => Self::F16(&all[bytes..]),
+            Self::F32(all) => Self::F32(&all[bytes..]),
         }
     }
 

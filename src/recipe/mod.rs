@@ -14,7 +14,7 @@ use serde_json::Value;
 
 use crate::dtype::Dtype;
 use crate::error::{self, Result};
-use crate::quant::{Granularity, Quality, Scheme, Storage};
+use crate::quant::{Granularity, Quality, Real, Scheme, Storage};
 use crate::source::{Catalog, Tensor, TensorId};
 use ignore::KeptModule;
 use linear::{Kind, Reason};
@@ -38,6 +38,10 @@ pub struct Request {
     pub scale_format: Option<ScaleFormat>,
     /// What bitsandbytes' codes are declared as; U8 where `None`.
     pub storage: Option<Storage>,
+    /// The format whose error plain numbers are to carry.
+    pub simulate: Option<String>,
+    /// The element type of plain numbers; the source's where `None`.
+    pub dtype: Option<Real>,
     /// Modules to keep: globs, or regexes after `re:`.
     pub skip: Vec<String>,
     /// The only modules to quantize: globs, or regexes after `re:`; empty for all.
@@ -56,6 +60,8 @@ impl Default for Request {
             quality: Quality::Search,
             scale_format: None,
             storage: None,
+            simulate: None,
+            dtype: None,
             skip: Vec::new(),
             only: Vec::new(),
             set: Vec::new(),

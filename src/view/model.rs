@@ -8,8 +8,8 @@ use super::cache::{Cache, ChunkKey};
 use super::shard::{Piece, VirtualShard};
 use super::{Budget, Counters};
 use crate::error::Result;
-use crate::format::{Content, Format, Item, Plan, Weight, config};
-use crate::quant::{Isa, Reals, Tile};
+use crate::format::{Content, Edit, Format, Item, Plan, config};
+use crate::quant::{Grid, Isa, Reals, Tile};
 use crate::recipe::Request;
 use crate::source::{Checkpoint, SourceFiles, Window};
 
@@ -141,8 +141,14 @@ impl Model {
 
     /// `config.json` with the quantization declared, where there is one and it changes.
     pub(super) fn config_text(&self) -> Option<Vec<u8>> {
-        let source = self.checkpoint.config().filter(|_| !self.plan.config.is_empty())?;
-        Some(config::edited(&source.text, &[], &self.plan.config).into_bytes())
+        let Plan { config, nested, .. } = &self.plan;
+        let changes = !config.is_empty() || !nested.is_empty();
+        let source = self.checkpoint.config().filter(|_| changes)?;
+        let text = config::edited(&source.text, &[], config);
+        let edit = |text: String, (member, edit): &(String, Edit)| {
+            config::edited_within(&text, member, edit)
+        };
+        Some(nested.iter().fold(text, edit).into_bytes())
     }
 
     /// Fills `buf` from `offset` of a virtual shard; the range lies within it.
@@ -189,9 +195,7 @@ impl Model {
         offset: u64,
         out: &mut [u8],
     ) -> Result<()> {
-        let Weight { tensor, scheme } = self.plan.weights[weight];
-        let tensor = &self.checkpoint.catalog()[tensor];
-        let grid = scheme.grid(tensor.dtype, &tensor.shape, engine.budget.chunk);
+        let grid = self.grid(weight, engine.budget.chunk);
         let end = offset + out.len() as u64;
         let mut rest = out;
         for chunk in grid.chunk_at(part, offset)..=grid.chunk_at(part, end - 1) {
@@ -226,9 +230,7 @@ impl Model {
         let chunks = move |piece| match piece {
             Piece::Item(id, range) => match self.plan.items[id].content {
                 Content::Part { weight, part: 0 } => {
-                    let Weight { tensor, scheme } = self.plan.weights[weight];
-                    let tensor = &self.checkpoint.catalog()[tensor];
-                    let grid = scheme.grid(tensor.dtype, &tensor.shape, chunk_bytes);
+                    let grid = self.grid(weight, chunk_bytes);
                     let chunks = grid.chunk_at(0, range.start)..=grid.chunk_at(0, range.end - 1);
                     Some(chunks.map(move |chunk| (weight, chunk)))
                 }
@@ -241,10 +243,10 @@ impl Model {
 
     /// Encodes every part of one chunk in one pass over its source.
     fn encode(&self, engine: &Engine, weight: usize, chunk: u64) -> Result<Vec<Buffer>> {
-        let Weight { tensor: id, scheme } = self.plan.weights[weight];
-        let tensor = &self.checkpoint.catalog()[id];
-        let grid = scheme.grid(tensor.dtype, &tensor.shape, engine.budget.chunk);
-        let parts = scheme.parts(tensor.dtype, &tensor.shape).len();
+        let grid = self.grid(weight, engine.budget.chunk);
+        let weight = self.plan.weights[weight];
+        let tensor = &self.checkpoint.catalog()[weight.tensor];
+        let parts = weight.parts(tensor).len();
         let mut buffers: Vec<Buffer> = (0..parts)
             .map(|part| grid.range(part, chunk))
             .map(|range| engine.buffers.take((range.end - range.start) as usize))
@@ -259,7 +261,7 @@ impl Model {
             cols: place.cols,
         };
         engine.counters.source.add(place.rows * place.cols * tensor.dtype.bitsize() as u64 / 8);
-        self.checkpoint.with_window(&engine.files, id, window, |bytes| {
+        self.checkpoint.with_window(&engine.files, weight.tensor, window, |bytes| {
             let data = Reals::new(tensor.dtype, bytes).expect("the scheme accepted the type");
             let tile = Tile {
                 data,
@@ -269,9 +271,15 @@ impl Model {
             };
             let mut out: Vec<&mut [u8]> =
                 buffers.iter_mut().map(|buffer| &mut buffer[..]).collect();
-            scheme.encode(engine.isa, &tile, &mut out);
+            weight.encode(engine.isa, &tile, &mut out);
         })?;
         Ok(buffers)
+    }
+
+    /// How a weight is cut.
+    fn grid(&self, weight: usize, source_bytes: u64) -> Grid {
+        let weight = &self.plan.weights[weight];
+        weight.grid(&self.checkpoint.catalog()[weight.tensor], source_bytes)
     }
 
     fn key(&self, weight: usize, chunk: u64) -> ChunkKey {

@@ -147,19 +147,27 @@ impl<'a> Walk<'a> {
         let diffusers = checkpoint
             .config()
             .is_some_and(|config| config.value.get("_diffusers_version").is_some());
+        let plain = self.request.simulate.is_some() || self.request.dtype.is_some();
         let format = if diffusers { format::find("dense")? } else { self.format };
-        let request = match diffusers {
-            true => &Request { format: "dense".to_owned(), ..Request::default() },
-            false => self.request,
-        };
-        let model = Model::new(checkpoint, format, request, self.weights).map_err(place)?;
+        let mut request = self.request.clone();
+        if diffusers && self.request.simulate.is_none() {
+            request = Request { dtype: request.dtype, ..Request::default() };
+        } else if !diffusers
+            && self.format.name() != "dense"
+            && below != Path::new("")
+            && in_pipeline(&checkpoint)
+        {
+            // What asks for plain numbers is meant for the pipeline's other components.
+            (request.simulate, request.dtype) = (None, None);
+        }
+        let model = Model::new(checkpoint, format, &request, self.weights).map_err(place)?;
         let prefix = match below.as_os_str().is_empty() {
             true => String::new(),
             false => format!("{}: ", below.display()),
         };
         let assignment = &model.plan().assignment;
         self.warnings.extend(assignment.warnings().iter().map(|line| format!("{prefix}{line}")));
-        if diffusers && self.format.name() != "dense" {
+        if diffusers && !plain && self.format.name() != "dense" {
             self.warnings.push(format!(
                 "{prefix}shown as it is: diffusers components do not read {}",
                 self.format.name()
@@ -227,6 +235,12 @@ impl<'a> Walk<'a> {
             SourceFile::open(dir, name).map_err(|e| e.within(below.join(name).display()))?;
         Ok(Content::Copy(Arc::new(file)))
     }
+}
+
+/// Whether a checkpoint is a component of a diffusers pipeline.
+fn in_pipeline(checkpoint: &Checkpoint) -> bool {
+    let above = checkpoint.dir().parent();
+    above.is_some_and(|dir| dir.join("model_index.json").exists())
 }
 
 /// Whether a directory holds weight files of a model.

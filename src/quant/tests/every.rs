@@ -26,7 +26,62 @@ fn schemes(quality: Quality) -> Vec<Scheme> {
         let (block_size, storage) = (64, Storage::U8);
         out.push(Scheme::Codebook(CodebookScheme { codebook, block_size, storage, quality }));
     }
+    for to in [Real::Bf16, Real::F16, Real::F32] {
+        out.push(Scheme::Cast(CastScheme { to }));
+    }
     out
+}
+
+#[test]
+fn a_cast_rounds_each_element_to_nearest() {
+    let shape = (3, 77);
+    for from in FLOATS {
+        let weight = weight(from, shape.0, shape.1, 7);
+        for to in FLOATS {
+            let values: Vec<f32> = weight.iter().map(|x| to.round(*x)).collect();
+            let parts = vec![stored(to, &values)];
+            let values = values.iter().map(|x| from.round(*x)).collect();
+            let scheme = Scheme::Cast(CastScheme { to: Real::new(to.dtype).expect("a real") });
+            check(from, scheme, shape, &weight, &Defined { parts, values });
+        }
+    }
+}
+
+#[test]
+fn a_weight_shown_decoded_is_what_its_parts_decode_to() {
+    let shape = (75, 96);
+    let integers = all_schemes(Quality::Search).into_iter().map(Scheme::Int);
+    let schemes: Vec<Scheme> =
+        integers.chain(schemes(Quality::Reference)).chain(schemes(Quality::Search)).collect();
+    for f in FLOATS {
+        let bytes = stored(f, &weight(f, shape.0, shape.1, 32));
+        let data = Reals::new(f.dtype, &bytes).expect("a float type");
+        for &scheme in &schemes {
+            let parts = encode(scheme, Isa::detect(), data, shape, u64::MAX);
+            let decoded = decode(f, scheme, shape, &parts);
+            for to in FLOATS {
+                let real = Real::new(to.dtype).expect("a real");
+                let values: Vec<f32> = decoded.iter().map(|x| to.round(*x)).collect();
+                for source_bytes in [0, 20_000, u64::MAX] {
+                    let grid = scheme.decoded_grid(f.dtype, &[75, 96], real, source_bytes);
+                    let found = encode_on(
+                        &grid,
+                        data,
+                        vec![vec![0xaa; 75 * 96 * to.dtype.bitsize() / 8]],
+                        |tile, out| {
+                            scheme.encode_decoded(Isa::detect(), tile, real, out[0]);
+                        },
+                    );
+                    assert!(
+                        found[0] == stored(to, &values),
+                        "{scheme:?} {:?} {:?}",
+                        f.dtype,
+                        to.dtype
+                    );
+                }
+            }
+        }
+    }
 }
 
 #[test]
@@ -96,12 +151,14 @@ fn search_lessens_the_error_where_it_has_a_choice() {
                 let parts = encode(scheme, Isa::detect(), data, shape, u64::MAX);
                 error(&weight, &decode(f, scheme, shape, &parts))
             });
-            let ratio = search_error / reference_error;
+            // A cast to the same type has no error.
+            let ratio =
+                if search_error == reference_error { 1.0 } else { search_error / reference_error };
             println!("{search}, {:?}: {:.2} dB", f.dtype, -10.0 * ratio.log10());
             let searches = match search {
                 Scheme::Affine(_) | Scheme::Codebook(_) => true,
                 Scheme::Micro(scheme) => scheme.float == MicroFloat::E2m1,
-                Scheme::Int(_) | Scheme::Fp8(_) | Scheme::LlmInt8(_) => false,
+                Scheme::Int(_) | Scheme::Fp8(_) | Scheme::LlmInt8(_) | Scheme::Cast(_) => false,
             };
             if searches {
                 assert!(ratio < 0.99, "{search:?}, {:?}: {ratio}", f.dtype);
