@@ -20,7 +20,7 @@
 
 use serde_json::{Value, json};
 
-use super::ct_config::{declared, group};
+use super::ct_config::{declare, group};
 use super::takes::{Grain, Takes};
 use super::{Format, Plan, Reader, by_layout, ran};
 use crate::dtype::Dtype;
@@ -138,7 +138,7 @@ fn plan(
     let offer = Offer::mixed(request, Joined::Projections, |request| {
         let dense = scheme(request);
         let experts = experts_scheme(catalog, dense);
-        Schemes { dense: Scheme::Int(dense), experts: Scheme::Int(experts) }
+        Schemes { dense: Scheme::Int(dense), experts: Some(Scheme::Int(experts)) }
     });
     let assignment = Assignment::new(catalog, config, request, offer)?;
     let mut plan = Plan::new(assignment, catalog.tensors().len() * 2);
@@ -160,11 +160,10 @@ fn plan(
         }
     }
     let base = Scheme::Int(scheme(request));
-    let value = declared(&plan, catalog, base, |scheme, target| match scheme {
+    declare(&mut plan, catalog, base, |scheme, target| match scheme {
         Scheme::Int(int) => config_group(int, target),
         _ => unreachable!("nothing else was offered"),
     });
-    plan.declare("quantization_config", value);
     Ok(plan)
 }
 

@@ -6,23 +6,23 @@ use serde_json::{Map, Value, json};
 
 use super::Plan;
 use crate::quant::Scheme;
-use crate::recipe::{is_expert, module_of, names_in_loaders};
+use crate::recipe::{Decision, is_expert, module_of, names_in_loaders};
 use crate::source::Catalog;
 
 /// The loader finds the experts' group by the word in its pattern.
 const EXPERTS: &str = r"re:(?:.*\.)?experts\.\d+\..*";
 
-/// `quantization_config` as compressed-tensors 0.20 writes it, less its null fields: older readers
+/// Declares a plan in `quantization_config`, as compressed-tensors 0.20 writes it, less its null fields: older readers
 /// refuse fields that they don't know.
 ///
 /// Of the weights that are quantized, most have the scheme `base`, which becomes the group of all
 /// Linears. `group` says how a scheme is described, given what it is for.
-pub(super) fn declared(
-    plan: &Plan,
+pub(super) fn declare(
+    plan: &mut Plan,
     catalog: &Catalog,
     base: Scheme,
     group: impl Fn(Scheme, String) -> Value,
-) -> Value {
+) {
     let mut dense: Vec<(Scheme, Vec<&str>)> = Vec::new();
     let mut experts = None;
     for weight in &plan.weights {
@@ -40,10 +40,41 @@ pub(super) fn declared(
     dense.sort_by_key(|(scheme, modules)| (*scheme != base, std::cmp::Reverse(modules.len())));
     let base = dense.first().map_or(base, |(scheme, _)| *scheme);
     let mut groups = vec![group(base, "Linear".to_owned())];
-    if let Some(experts) = experts
-        && (experts != base || dense.len() > 1)
-    {
-        groups.push(group(experts, EXPERTS.to_owned()));
+    let takes_float8 =
+        groups[0]["weights"]["type"] == "float" && groups[0]["weights"]["num_bits"] == 8;
+    let keeps_experts = catalog.tensors().iter().enumerate().any(|(id, tensor)| {
+        let is_linear = matches!(plan.assignment[id], Decision::Keep { linear: true, .. });
+        is_linear && is_expert(module_of(&tensor.name))
+    });
+    match experts {
+        Some(experts) if experts != base || dense.len() > 1 => {
+            groups.push(group(experts, EXPERTS.to_owned()));
+        }
+        // Experts that have no scales are only let through where their group is of 8-bit floats.
+        None if keeps_experts && !takes_float8 => {
+            let weights = json!({
+                "num_bits": 8,
+                "type": "float",
+                "symmetric": true,
+                "strategy": "channel",
+                "dynamic": false,
+            });
+            let format = groups[0]["format"].as_str().unwrap_or_default().to_owned();
+            groups.push(self::group(&format, EXPERTS.to_owned(), weights, Value::Null));
+        }
+        _ => {}
+    }
+    if experts.is_some() && keeps_experts && !takes_float8 {
+        plan.assignment.warn(
+            "some experts are kept and some are not: transformers 5 can't load both".to_owned(),
+        );
+    }
+    if dense.len() > 1 {
+        plan.assignment.warn(
+            "several schemes: load with transformers 5.23 without `dequantize=True`, which reads all \
+             modules but experts with the first"
+                .to_owned(),
+        );
     }
     for (scheme, modules) in dense.iter().skip(1) {
         let others = dense.iter().filter(|(other, _)| other != scheme);
@@ -56,13 +87,14 @@ pub(super) fn declared(
     let named = groups.into_iter().enumerate();
     let groups: Map<String, Value> =
         named.map(|(i, group)| (format!("group_{i}"), group)).collect();
-    json!({
+    let value = json!({
         "quant_method": "compressed-tensors",
         "format": format,
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": plan.assignment.ignore(),
-    })
+    });
+    plan.declare("quantization_config", value);
 }
 
 /// One of `config_groups`.

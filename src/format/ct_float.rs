@@ -21,14 +21,14 @@
 
 use serde_json::{Value, json};
 
-use super::ct_config::{declared, group};
+use super::ct_config::{declare, group};
 use super::takes::{Grain, Takes};
 use super::{Format, Plan, Reader, by_layout, ran};
 use crate::error::Result;
 use crate::quant::{
     Fp8Grain, Fp8Scale, Fp8Scheme, MicroDialect, MicroFloat, MicroScheme, Quality, Scheme,
 };
-use crate::recipe::{Assignment, Decision, Request};
+use crate::recipe::{Assignment, Decision, Request, Schemes};
 use crate::source::Catalog;
 
 /// One of the float formats.
@@ -38,6 +38,9 @@ pub(super) struct CtFloat {
     about: &'static str,
     takes: Takes,
     readers: &'static [Reader],
+    /// How experts are written that are stored one by one. transformers joins them, which it can't
+    /// where scales are of blocks, or of other types than their codes.
+    experts: Option<&'static CtFloat>,
     scheme: fn(Quality) -> Scheme,
     suffixes: &'static [&'static str],
     /// Its name in the config.
@@ -54,6 +57,7 @@ pub(super) static FP8: CtFloat = CtFloat {
     about: "FP8 per channel, activations per token, for transformers, vLLM, SGLang and mistral.rs",
     takes: takes(8, Grain::Channel),
     readers: &[TRANSFORMERS, by_layout("vLLM"), by_layout("SGLang"), by_layout("mistral.rs")],
+    experts: Some(&FP8),
     scheme: |_| fp8(Fp8Grain::Channel),
     suffixes: &["weight", "weight_scale"],
     format: "float-quantized",
@@ -67,6 +71,7 @@ pub(super) static FP8_BLOCK: CtFloat = CtFloat {
     about: "FP8 per block of 128 x 128, for transformers, vLLM, SGLang and mistral.rs",
     takes: takes(8, Grain::Squares(128)),
     readers: &[TRANSFORMERS, by_layout("vLLM"), by_layout("SGLang"), by_layout("mistral.rs")],
+    experts: Some(&FP8),
     scheme: |_| fp8(Fp8Grain::Block(128)),
     suffixes: &["weight", "weight_scale"],
     format: "float-quantized",
@@ -89,6 +94,7 @@ pub(super) static MXFP4: CtFloat = CtFloat {
     about: "MXFP4, weight-only, for transformers and vLLM",
     takes: takes(4, Grain::Groups(&[32])),
     readers: &[TRANSFORMERS, by_layout("vLLM")],
+    experts: Some(&MXFP4),
     scheme: |quality| micro(MicroFloat::E2m1, quality),
     suffixes: &["weight_packed", "weight_scale"],
     format: "mxfp4-pack-quantized",
@@ -102,6 +108,7 @@ pub(super) static MXFP8: CtFloat = CtFloat {
     about: "MXFP8, weight-only, for transformers and vLLM",
     takes: takes(8, Grain::Groups(&[32])),
     readers: &[TRANSFORMERS, by_layout("vLLM")],
+    experts: None,
     scheme: |quality| micro(MicroFloat::E4m3, quality),
     suffixes: &["weight", "weight_scale"],
     format: "mxfp8-quantized",
@@ -148,8 +155,9 @@ impl Format for CtFloat {
 
     fn plan(&self, catalog: &Catalog, config: Option<&Value>, request: &Request) -> Result<Plan> {
         self.takes.check(self.name, request)?;
-        let scheme = (self.scheme)(request.quality);
-        let assignment = Assignment::new(catalog, config, request, scheme)?;
+        let dense = (self.scheme)(request.quality);
+        let experts = self.experts.map(|format| (format.scheme)(request.quality));
+        let assignment = Assignment::new(catalog, config, request, Schemes { dense, experts })?;
         let mut plan = Plan::new(assignment, catalog.tensors().len() * 2);
         for id in 0..catalog.tensors().len() {
             match plan.assignment[id] {
@@ -157,6 +165,17 @@ impl Format for CtFloat {
                 Decision::Keep { .. } => plan.keep(id),
             }
         }
+        declare(&mut plan, catalog, dense, |scheme, target| match self.experts {
+            Some(format) if scheme != dense => format.group(target),
+            _ => self.group(target),
+        });
+        Ok(plan)
+    }
+}
+
+impl CtFloat {
+    /// What the config says of modules in this format.
+    fn group(&self, target: String) -> Value {
         let mut weights = json!({
             "num_bits": self.takes.bits[0],
             "type": "float",
@@ -166,10 +185,6 @@ impl Format for CtFloat {
         for (key, value) in (self.weights)().as_object().into_iter().flatten() {
             weights[key] = value.clone();
         }
-        let value = declared(&plan, catalog, scheme, |_, target| {
-            group(self.format, target, weights.clone(), (self.activations)())
-        });
-        plan.declare("quantization_config", value);
-        Ok(plan)
+        group(self.format, target, weights, (self.activations)())
     }
 }

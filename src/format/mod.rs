@@ -12,6 +12,7 @@ mod ct_float;
 mod dense;
 mod fp8_block;
 mod mlx;
+mod mlx_mixtures;
 mod skip;
 mod takes;
 
@@ -106,6 +107,8 @@ pub struct Plan {
     pub assignment: Assignment,
     /// The weights that are encoded, in source order.
     pub weights: Vec<Weight>,
+    /// Weights whose parts are shown as one.
+    pub stacks: Vec<Stack>,
     /// The tensors shown, in source order, a weight's parts next to each other.
     pub items: Vec<Item>,
     /// Members that `config.json` gets, and which replace its own; none where nothing is quantized
@@ -165,6 +168,16 @@ impl Weight {
     }
 }
 
+/// Weights of one shape and scheme whose parts are shown one after the other, as one tensor with a
+/// dimension more.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Stack {
+    /// The module that holds them.
+    pub module: String,
+    /// Positions in [`Plan::weights`].
+    pub weights: Vec<usize>,
+}
+
 /// One tensor that a view shows.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Item {
@@ -197,6 +210,13 @@ pub enum Content {
         /// Position in the scheme's parts.
         part: usize,
     },
+    /// The same part of several encoded weights.
+    Stacked {
+        /// Position in [`Plan::stacks`].
+        stack: usize,
+        /// Position in the scheme's parts.
+        part: usize,
+    },
 }
 
 impl Plan {
@@ -205,6 +225,7 @@ impl Plan {
         Self {
             assignment,
             weights: Vec::new(),
+            stacks: Vec::new(),
             items: Vec::with_capacity(tensors),
             config: Map::new(),
             nested: Vec::new(),
@@ -224,6 +245,24 @@ impl Plan {
         for (part, suffix) in suffixes.iter().enumerate() {
             let content = Content::Part { weight, part };
             self.items.push(Item { tensor: id, suffix: Some(suffix), content });
+        }
+    }
+
+    /// Encodes a source tensor into the next place of a stack. The first one's shard shows the stack.
+    fn encode_stacked(
+        &mut self,
+        id: TensorId,
+        scheme: Scheme,
+        (stack, place): (usize, usize),
+        suffixes: &[&'static str],
+    ) {
+        self.stacks[stack].weights[place] = self.weights.len();
+        self.weights.push(Weight { tensor: id, scheme, decoded: None });
+        if place == 0 {
+            for (part, suffix) in suffixes.iter().enumerate() {
+                let content = Content::Stacked { stack, part };
+                self.items.push(Item { tensor: id, suffix: Some(suffix), content });
+            }
         }
     }
 
@@ -259,12 +298,25 @@ impl Plan {
         self.items.push(Item { tensor: id, suffix: Some(suffix), content });
     }
 
+    /// The weights that an item shows a part of, one after the other.
+    pub fn weights_of<'a>(&'a self, item: &'a Item) -> &'a [usize] {
+        match &item.content {
+            Content::Source | Content::Inline { .. } => &[],
+            Content::Part { weight, .. } => std::slice::from_ref(weight),
+            Content::Stacked { stack, .. } => &self.stacks[*stack].weights,
+        }
+    }
+
     /// The name of an item.
     pub fn name<'a>(&self, catalog: &'a Catalog, item: &Item) -> Cow<'a, str> {
         let name = catalog[item.tensor].name.as_str();
+        let module = match item.content {
+            Content::Stacked { stack, .. } => &self.stacks[stack].module,
+            _ => module_of(name),
+        };
         match item.suffix {
             None => name.into(),
-            Some(suffix) => format!("{}.{suffix}", module_of(name)).into(),
+            Some(suffix) => format!("{module}.{suffix}").into(),
         }
     }
 
@@ -277,6 +329,13 @@ impl Plan {
             Content::Part { weight, part } => {
                 let part = self.weights[*weight].parts(tensor).swap_remove(*part);
                 (part.dtype, part.shape.into())
+            }
+            Content::Stacked { stack, part } => {
+                let weights = &self.stacks[*stack].weights;
+                let part = self.weights[weights[0]].parts(tensor).swap_remove(*part);
+                let mut shape = vec![weights.len() as u64];
+                shape.extend(part.shape);
+                (part.dtype, shape.into())
             }
         }
     }

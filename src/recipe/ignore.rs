@@ -10,7 +10,7 @@
 use std::collections::HashSet;
 
 use super::linear::{Kind, Reason};
-use super::vocabulary;
+use super::{stack_of, vocabulary};
 
 /// One module whose weight is kept though the loader may have a Linear there.
 #[derive(Clone, Copy, Debug)]
@@ -21,8 +21,8 @@ pub(super) struct KeptModule<'a> {
     pub(super) kind: Kind,
 }
 
-/// The entries of `quantization_config.ignore`: exact names first, in the order of `kept`, then
-/// patterns, which begin with `re:`. `quantized` are the names of all quantized modules.
+/// The entries of `quantization_config.ignore`: names in the order of `kept`, then more patterns, which
+/// begin with `re:`. Of a mixture's experts all are kept or none. `quantized` are the names of all quantized modules.
 pub(super) fn ignore(kept: &[KeptModule<'_>], quantized: &[&str]) -> Vec<String> {
     let taken: HashSet<&str> = quantized.iter().copied().collect();
     let mut seen = HashSet::new();
@@ -32,7 +32,19 @@ pub(super) fn ignore(kept: &[KeptModule<'_>], quantized: &[&str]) -> Vec<String>
             list.push(name);
         }
     };
+    // Of experts there may be tens of thousands: one entry for a mixture, or for all.
+    let any_quantized = quantized.iter().any(|module| stack_of(module).is_some());
     for module in kept {
+        if let Some((mixture, _)) = stack_of(module.name) {
+            if any_quantized {
+                let names = loader_names(mixture).into_iter().chain([mixture.to_owned()]);
+                let names: Vec<String> = names.map(|name| regex::escape(&name)).collect();
+                add(format!(r"re:(?:{})(?:\..*)?$", names.join("|")));
+            } else {
+                add(r"re:(?:.*\.)?experts(?:\.\d+\..*)?$".to_owned());
+            }
+            continue;
+        }
         add(module.name.to_owned());
         for name in loader_names(module.name) {
             add(name);
@@ -280,6 +292,20 @@ mod tests {
         let list = ignore(&[gate], &["model.layers.0.mlp.up_proj"]);
         assert!(list.contains(&"layers.0.mlp.gate".to_owned()));
         assert!(list.iter().any(|entry| entry.starts_with("re:") && entry.contains("router")));
+        let expert =
+            KeptModule { name: "model.layers.0.mlp.experts.7.up_proj", kind: Kind::Linear };
+        #[track_caller]
+        fn matched(list: &[String], module: &str) -> bool {
+            let patterns = list.iter().filter_map(|entry| entry.strip_prefix("re:"));
+            patterns
+                .map(|p| Regex::new(&format!("^(?:{p})")).expect("valid"))
+                .any(|r| r.is_match(module))
+        }
+        for quantized in ["model.layers.0.mlp.up_proj", "model.layers.1.mlp.experts.7.up_proj"] {
+            let list = ignore(&[expert], &[quantized]);
+            assert!(matched(&list, expert.name) && !matched(&list, quantized), "{list:?}");
+            assert!(matched(&list, "layers.0.mlp.experts"), "{list:?}");
+        }
         let list = ignore(&[gate], &["layers.0.mlp.gate"]);
         assert!(!list.contains(&"layers.0.mlp.gate".to_owned()));
         assert!(!list.iter().any(|entry| entry.contains("router")));

@@ -99,20 +99,13 @@ pub struct Schemes {
     /// For every weight but those of experts.
     pub dense: Scheme,
     /// For the weights of experts that are stored one by one. Loaders that join them into one
-    /// tensor read them all with one scheme, and not with every scheme.
-    pub experts: Scheme,
+    /// tensor read them all with one scheme, and not with every scheme; none where they read none.
+    pub experts: Option<Scheme>,
 }
 
 impl From<Scheme> for Schemes {
     fn from(scheme: Scheme) -> Self {
-        Self { dense: scheme, experts: scheme }
-    }
-}
-
-impl Schemes {
-    /// That of a module.
-    fn of(self, module: &str) -> Scheme {
-        if is_expert(module) { self.experts } else { self.dense }
+        Self { dense: scheme, experts: Some(scheme) }
     }
 }
 
@@ -124,6 +117,7 @@ pub struct Offer {
     /// scheme for a whole checkpoint.
     overrides: Vec<Option<Schemes>>,
     joined: Joined,
+    spared: Option<(&'static str, &'static str)>,
 }
 
 impl Offer {
@@ -131,13 +125,20 @@ impl Offer {
     /// Weights that its loaders read as one share one.
     pub fn mixed(request: &Request, joined: Joined, schemes: impl Fn(&Request) -> Schemes) -> Self {
         let of = |set: &Override| set.applied(request).map(|request| schemes(&request));
-        Self { schemes: schemes(request), overrides: request.set.iter().map(of).collect(), joined }
+        let overrides = request.set.iter().map(of).collect();
+        Self { overrides, joined, ..schemes(request).into() }
+    }
+
+    /// Without the modules whose name ends with `leaf`, for the reason given.
+    pub fn sparing(self, leaf: &'static str, reason: &'static str) -> Self {
+        Self { spared: Some((leaf, reason)), ..self }
     }
 }
 
 impl<T: Into<Schemes>> From<T> for Offer {
     fn from(schemes: T) -> Self {
-        Self { schemes: schemes.into(), overrides: Vec::new(), joined: Joined::Projections }
+        let joined = Joined::Projections;
+        Self { schemes: schemes.into(), overrides: Vec::new(), joined, spared: None }
     }
 }
 
@@ -219,11 +220,19 @@ impl Assignment {
                 None => (None, None),
             };
             let schemes = schemes.copied().flatten().unwrap_or(offer.schemes);
-            decide(tensor, *kind, &skip, &only, set, schemes, ends)
+            let decision = decide(tensor, *kind, &skip, &only, set, schemes, ends);
+            match (offer.spared, decision) {
+                (Some((leaf, reason)), Decision::Quantize(_))
+                    if module_of(&tensor.name).ends_with(leaf) =>
+                {
+                    Decision::Keep { reason: reason.into(), linear: true }
+                }
+                (_, decision) => decision,
+            }
         };
         let mut decisions: Vec<Decision> =
             catalog.tensors().iter().zip(&kinds).zip(choices).map(judge).collect();
-        keep_fused_together(catalog, &mut decisions);
+        keep_together(catalog, offer.joined, &mut decisions);
         let modules = || catalog.tensors().iter().map(|tensor| module_of(&tensor.name));
         for (flag, patterns) in [("--skip", &skip), ("--only", &only)] {
             for pattern in patterns.unused(modules()) {
@@ -235,25 +244,20 @@ impl Assignment {
         } else if config.is_none() {
             warnings.push("no config.json, so nothing declares the quantization".to_owned());
         }
-        let experts = |wanted: &dyn Fn(&Decision) -> bool| {
+        let expert = |wanted: &dyn Fn(&Decision) -> bool| {
             catalog.tensors().iter().zip(&kinds).zip(&decisions).any(|((t, kind), d)| {
                 *kind == Kind::Linear && is_expert(module_of(&t.name)) && wanted(d)
             })
         };
-        if experts(&|decision| matches!(decision, Decision::Keep { .. }))
-            && decisions.iter().any(|decision| matches!(decision, Decision::Quantize(_)))
-        {
-            warnings.push(
-                "experts are kept: transformers 5 can't load them into a quantized model"
-                    .to_owned(),
-            );
-        } else if offer.schemes.experts != offer.schemes.dense
-            && experts(&|decision| matches!(decision, Decision::Quantize(_)))
-        {
-            warnings.push(
-                "experts have a scheme of their own: loaders read them packed, symmetric and alike"
-                    .to_owned(),
-            );
+        let is_quantized = |decision: &Decision| matches!(decision, Decision::Quantize(_));
+        if offer.schemes.experts.is_none() && expert(&|_| true) {
+            warnings.push(format!(
+                "experts are kept: loaders can't join quantized ones in {}",
+                request.format
+            ));
+        } else if offer.schemes.experts != Some(offer.schemes.dense) && expert(&is_quantized) {
+            warnings
+                .push("experts have a scheme of their own: loaders read them in it alone".into());
         }
         let ignore = ignored(catalog, &kinds, &decisions);
         Ok(Self { decisions, ignore, warnings })
@@ -275,6 +279,11 @@ impl Assignment {
     /// What the user should know, a line each.
     pub fn warnings(&self) -> &[String] {
         &self.warnings
+    }
+
+    /// Adds a line to what the user should know.
+    pub(crate) fn warn(&mut self, warning: impl Into<String>) {
+        self.warnings.push(warning.into());
     }
 }
 
@@ -373,20 +382,38 @@ fn decide(
     if let Some(Override { pattern, to: Setting::Keep }) = set {
         return keep(format!("--set {pattern:?}").into());
     }
-    let scheme = schemes.of(module);
+    let scheme = match schemes.experts {
+        _ if !is_expert(module) => schemes.dense,
+        Some(scheme) => scheme,
+        None => return keep("an expert, which loaders can't join quantized".into()),
+    };
     match scheme.accepts(tensor.dtype, &tensor.shape) {
         Ok(()) => Decision::Quantize(scheme),
         Err(reason) => keep(reason.into()),
     }
 }
 
-/// Keeps the rest of a fused group (q/k/v, gate/up, …) where one of it is kept: engines load the
-/// group as one weight, with one scheme.
-fn keep_fused_together(catalog: &Catalog, decisions: &mut [Decision]) {
+/// Keeps the rest of a fused group (q/k/v, gate/up, …) or of a mixture's experts where one of it is
+/// kept: loaders read the group as one weight, with one scheme.
+fn keep_together(catalog: &Catalog, joined: Joined, decisions: &mut [Decision]) {
+    keep_groups(catalog, decisions, |module| joined.mixture(module));
+    keep_groups(catalog, decisions, |module| {
+        let (parent, family) = vocabulary::fused_group(module)?;
+        Some((parent, family))
+    });
+    // What was kept of one expert for its own gate's sake is kept of all.
+    keep_groups(catalog, decisions, |module| joined.mixture(module));
+}
+
+fn keep_groups<'a>(
+    catalog: &'a Catalog,
+    decisions: &mut [Decision],
+    group_of: impl Fn(&'a str) -> Option<(&'a str, &'a str)>,
+) {
     let mut groups: HashMap<(&str, &str), Vec<TensorId>> = HashMap::new();
     for (id, tensor) in catalog.tensors().iter().enumerate() {
         let Some(module) = tensor.name.strip_suffix(".weight") else { continue };
-        if let Some(group) = vocabulary::fused_group(module) {
+        if let Some(group) = group_of(module) {
             groups.entry(group).or_default().push(id);
         }
     }

@@ -91,6 +91,12 @@ impl Joined {
             Self::Stacks => stack_of(module),
         }
     }
+
+    /// The experts that are kept or quantized together.
+    pub(super) fn mixture(self, module: &str) -> Option<(&str, &str)> {
+        let (mixture, projection) = stack_of(module)?;
+        Some((mixture, if self == Self::Stacks { projection } else { "" }))
+    }
 }
 
 /// The mixture of an expert that is stored on its own, and what of an expert the module is:
