@@ -201,6 +201,9 @@ impl Kernel {
                 }
             }
         });
+        for line in self.view.news() {
+            tracing::warn!("{line}");
+        }
     }
 
     /// To the kernel a short reply means that the file has shrunk, for good.

@@ -7,6 +7,7 @@ use std::os::unix::fs::symlink;
 use std::path::Path;
 
 use aq_fs::error::ErrorKind;
+use aq_fs::format::FORMATS;
 use aq_fs::quant::Real;
 use aq_fs::recipe::Request;
 use aq_fs::view::{Budget, NodeKind, View};
@@ -244,6 +245,41 @@ fn plain_numbers_have_the_type_asked_for_and_the_config_says_so() {
                 assert_eq!((shown.dtype(), shown.shape()), (Dtype::F16, tensor.shape()), "{name}");
             }
         }
+    }
+}
+
+#[test]
+fn a_weight_with_a_nan_or_an_infinity_is_named_once() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let name = |layer: usize| format!("model.layers.{layer}.mlp.down_proj.weight");
+    let tensors: Vec<Tensor> = [f32::NAN, 1.0, f32::NEG_INFINITY]
+        .iter()
+        .enumerate()
+        .map(|(layer, odd)| {
+            let mut tensor = Tensor::weights(&name(layer), Dtype::BF16, &[128, 256]);
+            let bytes = ((odd.to_bits() >> 16) as u16).to_le_bytes();
+            tensor.data[20_000..20_002].copy_from_slice(&bytes);
+            tensor
+        })
+        .collect();
+    let shards = [("model-00001-of-00001.safetensors", tensors)];
+    support::write_checkpoint(dir.path(), &shards, &json!({"model_type": "llama"}));
+    let plain = Request { format: "dense".into(), dtype: Some(Real::F32), ..Request::default() };
+    let quantized = FORMATS.iter().map(|format| format.name()).filter(|name| *name != "dense");
+    let requests = quantized
+        .map(|name| Request { format: name.to_owned(), ..Request::default() })
+        .chain([plain]);
+    for request in requests {
+        let budget = Budget { cache: 0, chunk: 10_000, ahead: 0 };
+        let view = View::open(dir.path(), &request, budget).expect("a view");
+        assert_eq!(view.spoilt(), [""; 0], "nothing was read yet");
+        for _ in 0..2 {
+            read(&view, shards[0].0);
+        }
+        let line = |layer| format!("{}: `{}` holds a NaN or an infinity", shards[0].0, name(layer));
+        assert_eq!(view.news(), [line(0), line(2)], "{request:?}");
+        assert_eq!(view.news(), [""; 0], "once each");
+        assert_eq!(view.spoilt(), [line(0), line(2)]);
     }
 }
 

@@ -59,6 +59,7 @@ pub(super) fn run(args: &ExportArgs) -> Result<()> {
         bar.set_position(done);
     })?;
     bar.finish_and_clear();
+    warn_all(&view.news());
     if !args.quiet {
         println!(
             "{} files, {} in {:.1} s: {}",

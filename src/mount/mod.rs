@@ -261,6 +261,7 @@ fn figures(status: Status, view: Arc<View>, counters: Arc<Counters>) -> impl Fn(
         reads: counters.reads(),
         read_errors: counters.errors(),
         stats: view.stats(),
+        warnings: status.warnings.iter().cloned().chain(view.spoilt()).collect(),
         ..status.clone()
     }
 }

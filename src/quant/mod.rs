@@ -22,6 +22,7 @@ mod pack;
 mod search;
 mod shape;
 mod simulate;
+mod spoilt;
 #[cfg(test)]
 mod tests;
 mod tile;

@@ -8,6 +8,7 @@ mod buffers;
 mod cache;
 mod model;
 mod shard;
+mod spoilt;
 mod tree;
 mod walk;
 
@@ -29,6 +30,7 @@ use ahead::{Streams, Workers};
 use buffers::Buffers;
 use cache::Cache;
 use model::Engine;
+use spoilt::Spoilt;
 
 /// Source files kept open and mapped at a time.
 const OPEN_FILES: NonZeroUsize = NonZeroUsize::new(64).expect("64 is not zero");
@@ -165,6 +167,7 @@ impl View {
             isa: Isa::detect(),
             budget,
             counters: Counters::default(),
+            spoilt: Spoilt::default(),
         };
         Ok(Self {
             root,
@@ -201,6 +204,16 @@ impl View {
     /// What the user should know, a line each.
     pub fn warnings(&self) -> &[String] {
         &self.warnings
+    }
+
+    /// The weights that encoding has found to hold a NaN or an infinity so far, a line each.
+    pub fn spoilt(&self) -> Vec<String> {
+        self.shared.engine.spoilt.all()
+    }
+
+    /// Those of [`spoilt`](Self::spoilt) that this was not told before. Cheap where there are none.
+    pub fn news(&self) -> Vec<String> {
+        self.shared.engine.spoilt.take()
     }
 
     /// What the view has done and holds.

@@ -6,6 +6,7 @@ use std::ops::Range;
 use super::buffers::{Buffer, Buffers};
 use super::cache::{Cache, ChunkKey};
 use super::shard::{Piece, VirtualShard};
+use super::spoilt::Spoilt;
 use super::{Budget, Counters};
 use crate::error::Result;
 use crate::format::{Content, Edit, Format, Item, Plan, config};
@@ -33,6 +34,7 @@ pub(super) struct Engine {
     pub(super) isa: Isa,
     pub(super) budget: Budget,
     pub(super) counters: Counters,
+    pub(super) spoilt: Spoilt,
 }
 
 impl Model {
@@ -275,11 +277,12 @@ impl Model {
 
     /// Encodes every part of one chunk in one pass over its source.
     fn encode(&self, engine: &Engine, weight: usize, chunk: u64) -> Result<Vec<Buffer>> {
+        let key = self.key(weight, chunk);
         let grid = self.grid(weight, engine.budget.chunk);
         let weight = self.plan.weights[weight];
         let tensor = &self.checkpoint.catalog()[weight.tensor];
-        let parts = weight.parts(tensor).len();
-        let mut buffers: Vec<Buffer> = (0..parts)
+        let parts = weight.parts(tensor);
+        let mut buffers: Vec<Buffer> = (0..parts.len())
             .map(|part| grid.range(part, chunk))
             .map(|range| engine.buffers.take((range.end - range.start) as usize))
             .collect();
@@ -305,6 +308,13 @@ impl Model {
                 buffers.iter_mut().map(|buffer| &mut buffer[..]).collect();
             weight.encode(engine.isa, &tile, &mut out);
         })?;
+        let bytes: Vec<&[u8]> = buffers.iter().map(|buffer| &buffer[..]).collect();
+        if weight.scheme.is_spoilt(&parts, &bytes) {
+            engine.spoilt.note(key.0, || {
+                let shard = self.checkpoint.shards()[tensor.shard()].file.name();
+                format!("{shard}: `{}` holds a NaN or an infinity", tensor.name)
+            });
+        }
         Ok(buffers)
     }
 
