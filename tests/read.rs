@@ -2,6 +2,7 @@
 
 mod support;
 
+use std::path::Path;
 use std::sync::LazyLock;
 
 use aq_fs::export::{Options, export};
@@ -16,6 +17,27 @@ static MODEL: LazyLock<tempfile::TempDir> = LazyLock::new(|| {
     support::llama(dir.path());
     dir
 });
+
+static MIXTURE: LazyLock<tempfile::TempDir> = LazyLock::new(|| {
+    let dir = tempfile::tempdir().expect("a directory");
+    support::mixture(dir.path());
+    dir
+});
+
+/// What is asked of which model: everything of a Llama, every format and mixed ones of a mixture.
+fn cases() -> Vec<(&'static Path, Request)> {
+    let llama = requests().into_iter().map(|request| (MODEL.path(), request));
+    let formats = requests().into_iter().take(FORMATS.len());
+    let mixed = ["compressed-tensors", "mlx"].map(|format| Request {
+        format: format.to_owned(),
+        granularity: Some(Granularity::Group(32)),
+        set: ["*.experts.*=8", "*.o_proj=2/64", "*.v_proj=6", "lm_head=keep"]
+            .map(|set| set.parse().expect("valid"))
+            .into(),
+        ..Request::default()
+    });
+    llama.chain(formats.chain(mixed).map(|request| (MIXTURE.path(), request))).collect()
+}
 
 /// One request for every format as it is by default, and variants of those that take them.
 fn requests() -> Vec<Request> {
@@ -57,12 +79,12 @@ fn whole(view: &View, file: NodeId) -> Vec<u8> {
 
 /// Every file of the oracle, which encodes each weight as one chunk and keeps none of it.
 static ORACLES: LazyLock<Vec<Vec<Vec<u8>>>> = LazyLock::new(|| {
-    let oracle = |request: &Request| {
+    let oracle = |(model, request): &(&Path, Request)| {
         let budget = Budget { cache: 0, chunk: u64::MAX, ahead: 0 };
-        let view = View::open(MODEL.path(), request, budget).expect("a view");
+        let view = View::open(model, request, budget).expect("a view");
         (0..view.tree().nodes().len()).map(|file| whole(&view, file)).collect()
     };
-    requests().iter().map(oracle).collect()
+    cases().iter().map(oracle).collect()
 });
 
 proptest! {
@@ -70,14 +92,14 @@ proptest! {
 
     #[test]
     fn every_read_is_a_slice_of_the_whole(
-        which in 0..requests().len(),
+        which in 0..cases().len(),
         cache in prop_oneof![Just(0u64), 1u64..200_000, Just(1 << 30)],
         chunk in prop_oneof![Just(1u64), 1u64..100_000, Just(1 << 20)],
         ahead in prop_oneof![Just(0u64), 1u64..1_000_000],
         reads in prop::collection::vec((any::<prop::sample::Index>(), any::<prop::sample::Index>(), 0usize..70_000), 1..40),
     ) {
-        let request = &requests()[which];
-        let view = View::open(MODEL.path(), request, Budget { cache, chunk, ahead }).expect("a view");
+        let (model, request) = &cases()[which];
+        let view = View::open(model, request, Budget { cache, chunk, ahead }).expect("a view");
         let oracle = &ORACLES[which];
         for (file, offset, len) in reads {
             let file = file.index(oracle.len());
@@ -98,9 +120,9 @@ proptest! {
 
 #[test]
 fn an_export_is_what_a_view_shows() {
-    for (request, oracle) in requests().iter().zip(ORACLES.iter()).step_by(3) {
+    for ((model, request), oracle) in cases().iter().zip(ORACLES.iter()).step_by(3) {
         let budget = Budget { cache: 1 << 20, chunk: 30_000, ahead: 0 };
-        let view = View::open(MODEL.path(), request, budget).expect("a view");
+        let view = View::open(model, request, budget).expect("a view");
         let out = tempfile::tempdir().expect("a directory");
         let options = Options { threads: 3, overwrite: false };
         let summary = export(&view, out.path(), options, &|_, _| {}).expect("exported");
@@ -142,4 +164,58 @@ fn what_is_not_quantized_is_what_the_source_has() {
         // Norms at the least.
         assert!(kept >= 3, "{request:?}");
     }
+}
+
+#[test]
+fn a_stack_holds_what_each_expert_would_be_alone_in_order() {
+    let open = |model_type: &str| {
+        let dir = tempfile::tempdir().expect("a directory");
+        support::mixture(dir.path());
+        let path = dir.path().join("config.json");
+        let config = std::fs::read_to_string(&path).expect("there");
+        std::fs::write(&path, config.replace("qwen3_moe", model_type)).expect("written");
+        let request = Request { format: "mlx".to_owned(), ..Request::default() };
+        let view = View::open(dir.path(), &request, Budget::default()).expect("a view");
+        (dir, view)
+    };
+    let shard =
+        |view: &View, name: &str| whole(view, view.tree().lookup(0, name.as_ref()).expect("shown"));
+    let (_mixture, view) = open("qwen3_moe");
+    // The first expert is in the second shard.
+    let stacked = shard(&view, "model-00002-of-00002.safetensors");
+    let stacked = safetensors::SafeTensors::deserialize(&stacked).expect("a shard");
+    for (projection, rows, columns) in [("gate_proj", 128, 256), ("down_proj", 256, 128)] {
+        for (part, words) in [("weight", columns / 8), ("scales", columns / 64)] {
+            let name = format!("model.layers.0.mlp.switch_mlp.{projection}.{part}");
+            let found = stacked.tensor(&name).expect("shown");
+            assert_eq!(found.shape(), [3, rows, words], "{name}");
+            for (number, bytes) in found.data().chunks(found.data().len() / 3).enumerate() {
+                let alone = tempfile::tempdir().expect("a directory");
+                let source = format!("model.layers.0.mlp.experts.{number}.{projection}.weight");
+                let weight =
+                    support::Tensor::weights(&source, safetensors::Dtype::BF16, &[rows, columns]);
+                // Under a name that is no expert's.
+                let weight = support::Tensor { name: "layers.0.up_proj.weight".into(), ..weight };
+                let shards = [("model.safetensors", vec![weight])];
+                support::write_checkpoint(alone.path(), &shards, &serde_json::json!({}));
+                let request = Request { format: "mlx".to_owned(), ..Request::default() };
+                let view = View::open(alone.path(), &request, Budget::default()).expect("a view");
+                let single = shard(&view, "model.safetensors");
+                let single = safetensors::SafeTensors::deserialize(&single).expect("a shard");
+                let expected = single.tensor(&format!("layers.0.up_proj.{part}")).expect("shown");
+                assert!(bytes == expected.data(), "{name} {number}");
+            }
+        }
+    }
+    let index = view.tree().lookup(0, "model.safetensors.index.json".as_ref()).expect("shown");
+    let index: serde_json::Value = serde_json::from_slice(&whole(&view, index)).expect("JSON");
+    assert_eq!(
+        index["weight_map"]["model.layers.0.mlp.switch_mlp.up_proj.biases"],
+        "model-00002-of-00002.safetensors"
+    );
+    let (_unknown, view) = open("somebody_s_own");
+    assert!(view.warnings().iter().any(|warning| warning.starts_with("experts are kept")));
+    let kept = shard(&view, "model-00001-of-00002.safetensors");
+    let kept = safetensors::SafeTensors::deserialize(&kept).expect("a shard");
+    assert!(kept.tensor("model.layers.0.mlp.experts.1.up_proj.weight").is_ok());
 }
