@@ -1,4 +1,4 @@
-//! Prints how fast each scheme encodes, on one core, beside int4.
+//! Prints how fast each scheme encodes, on one core, beside int4; surveys are counted apart.
 //!
 //! An argument picks the schemes whose names have it.
 
@@ -8,7 +8,7 @@ use aq_fs::dtype::Dtype;
 use aq_fs::quant::{
     AffineScheme, Codebook, CodebookScheme, Fp8Grain, Fp8Scale, Fp8Scheme, Granularity, IntScheme,
     Isa, LlmInt8Scheme, MicroDialect, MicroFloat, MicroScheme, Packing, Quality, Reals, Scheme,
-    Storage, Tile,
+    Storage, Survey, Tile,
 };
 
 const ROWS: usize = 256;
@@ -36,6 +36,7 @@ fn schemes(quality: Quality) -> Vec<Scheme> {
         out.push(Scheme::Micro(MicroScheme { float, dialect, quality }));
     }
     for (grain, scale) in [
+        (Fp8Grain::Tensor, Fp8Scale::Source),
         (Fp8Grain::Channel, Fp8Scale::Source),
         (Fp8Grain::Block(128), Fp8Scale::Source),
         (Fp8Grain::Block(128), Fp8Scale::Inverse),
@@ -58,11 +59,13 @@ fn rate(scheme: Scheme, isa: Isa, dtype: Dtype, bytes: &[u8]) -> f64 {
     let (slab, width) = scheme.grid(dtype, &shape, u64::MAX).view();
     let data = Reals::new(dtype, bytes).expect("a float type");
     let tile = Tile { data, rows: slab as usize, cols: width as usize, stride: width as usize };
+    let mut survey = Survey::default();
+    scheme.survey(isa, &tile, &mut survey);
     let mut best = f64::INFINITY;
     for _ in 0..40 {
         let mut out: Vec<&mut [u8]> = parts.iter_mut().map(|part| &mut part[..]).collect();
         let start = Instant::now();
-        scheme.encode(isa, &tile, &mut out);
+        scheme.encode(isa, &tile, &survey, &mut out);
         best = best.min(start.elapsed().as_secs_f64());
     }
     bytes.len() as f64 / best

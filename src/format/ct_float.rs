@@ -1,11 +1,11 @@
-//! compressed-tensors floats: FP8 per channel and block, MXFP4, MXFP8.
+//! compressed-tensors floats: FP8 per tensor, channel and block, MXFP4, MXFP8.
 //!
 //! For the weight `X.weight` of shape `[R, C]`:
 //!
 //! ```text
-//! float-quantized (W8A8; activations quantized by the loader, per token or per 128 of it)
+//! float-quantized (W8A8; activations quantized by the loader: all, per token, or per 128 of it)
 //!   X.weight         F8_E4M3      [R, C]
-//!   X.weight_scale   as X.weight  [R, 1], or of blocks [ceil(R/128), ceil(C/128)]
+//!   X.weight_scale   as X.weight  [1], [R, 1], or of blocks [ceil(R/128), ceil(C/128)]
 //!
 //! mxfp4-pack-quantized (weight-only)
 //!   X.weight_packed  U8           [R, C/2]   E2M1, the even column in the lower half
@@ -43,6 +43,8 @@ pub(super) struct CtFloat {
     experts: Option<&'static CtFloat>,
     scheme: fn(Quality) -> Scheme,
     suffixes: &'static [&'static str],
+    /// What follows the module in the name of the scalar, if the scheme has one.
+    scalar: Option<&'static str>,
     /// Its name in the config.
     format: &'static str,
     /// What the config says of weights beyond their bits.
@@ -60,9 +62,25 @@ pub(super) static FP8: CtFloat = CtFloat {
     experts: Some(&FP8),
     scheme: |_| fp8(Fp8Grain::Channel),
     suffixes: &["weight", "weight_scale"],
+    scalar: None,
     format: "float-quantized",
     weights: || json!({ "strategy": "channel" }),
     activations: || json!({ "num_bits": 8, "type": "float", "symmetric": true, "strategy": "token", "dynamic": true }),
+};
+
+/// `ct-fp8-tensor`: one scale per weight.
+pub(super) static FP8_TENSOR: CtFloat = CtFloat {
+    name: "ct-fp8-tensor",
+    about: "FP8 per tensor, activations per tensor, for transformers, vLLM and SGLang",
+    takes: takes(8, Grain::Tensor),
+    experts: Some(&FP8_TENSOR),
+    scheme: |_| fp8(Fp8Grain::Tensor),
+    suffixes: &["weight"],
+    scalar: Some("weight_scale"),
+    format: "float-quantized",
+    readers: &[TRANSFORMERS, by_layout("vLLM"), by_layout("SGLang")],
+    weights: || json!({ "strategy": "tensor" }),
+    activations: || json!({ "num_bits": 8, "type": "float", "symmetric": true, "strategy": "tensor", "dynamic": true }),
 };
 
 /// `ct-fp8-block`: one scale per block of 128 x 128.
@@ -74,6 +92,7 @@ pub(super) static FP8_BLOCK: CtFloat = CtFloat {
     experts: Some(&FP8),
     scheme: |_| fp8(Fp8Grain::Block(128)),
     suffixes: &["weight", "weight_scale"],
+    scalar: None,
     format: "float-quantized",
     weights: || json!({ "strategy": "block", "block_structure": [128, 128] }),
     activations: || {
@@ -97,6 +116,7 @@ pub(super) static MXFP4: CtFloat = CtFloat {
     experts: Some(&MXFP4),
     scheme: |quality| micro(MicroFloat::E2m1, quality),
     suffixes: &["weight_packed", "weight_scale"],
+    scalar: None,
     format: "mxfp4-pack-quantized",
     weights: of_32,
     activations: || Value::Null,
@@ -111,6 +131,7 @@ pub(super) static MXFP8: CtFloat = CtFloat {
     experts: None,
     scheme: |quality| micro(MicroFloat::E4m3, quality),
     suffixes: &["weight", "weight_scale"],
+    scalar: None,
     format: "mxfp8-quantized",
     weights: of_32,
     activations: || Value::Null,
@@ -161,7 +182,12 @@ impl Format for CtFloat {
         let mut plan = Plan::new(assignment, catalog.tensors().len() * 2);
         for id in 0..catalog.tensors().len() {
             match plan.assignment[id] {
-                Decision::Quantize(scheme) => plan.encode(id, scheme, self.suffixes),
+                Decision::Quantize(scheme) => {
+                    plan.encode(id, scheme, self.suffixes);
+                    if let Some(suffix) = self.scalar {
+                        plan.scalar(suffix);
+                    }
+                }
                 Decision::Keep { .. } => plan.keep(id),
             }
         }

@@ -66,11 +66,12 @@ impl Format for Dense {
                 "dense takes no {what} but to --simulate another format"
             )));
         }
-        let (assignment, weights) = match quantized {
-            Some(Plan { assignment, weights, .. }) => (assignment, weights),
-            None => (Assignment::keep_all(catalog, "format dense"), Vec::new()),
+        let (assignment, weights, surveys) = match quantized {
+            Some(Plan { assignment, weights, surveys, .. }) => (assignment, weights, surveys),
+            None => (Assignment::keep_all(catalog, "format dense"), Vec::new(), Vec::new()),
         };
         let mut plan = Plan::new(assignment, catalog.tensors().len());
+        plan.surveys = surveys;
         let mut weights = weights.into_iter().peekable();
         for (id, tensor) in catalog.tensors().iter().enumerate() {
             let own = Real::new(tensor.dtype).filter(|_| !tensor.shape.contains(&0));

@@ -23,7 +23,7 @@ use serde_json::{Map, Value};
 
 use crate::dtype::{self, Dtype};
 use crate::error::{self, Result};
-use crate::quant::{CastScheme, Grid, Isa, Part, Real, Scheme, Tile};
+use crate::quant::{CastScheme, Grid, Isa, Part, Real, Scheme, Survey, Tile};
 use crate::recipe::{Assignment, Request, module_of};
 use crate::source::{Catalog, Tensor, TensorId};
 pub use takes::{Grain, Takes, ranges};
@@ -76,6 +76,7 @@ pub static FORMATS: &[&dyn Format] = &[
     &compressed_tensors::PackQuantized,
     &compressed_tensors::IntQuantized,
     &ct_float::FP8,
+    &ct_float::FP8_TENSOR,
     &ct_float::FP8_BLOCK,
     &ct_float::MXFP4,
     &ct_float::MXFP8,
@@ -109,6 +110,9 @@ pub struct Plan {
     pub weights: Vec<Weight>,
     /// Weights whose parts are shown as one.
     pub stacks: Vec<Stack>,
+    /// The source tensors, of one scheme, that are surveyed together before any of them can be
+    /// encoded.
+    pub surveys: Vec<Vec<TensorId>>,
     /// The tensors shown, in source order, a weight's parts next to each other.
     pub items: Vec<Item>,
     /// Members that `config.json` gets, and which replace its own; none where nothing is quantized
@@ -136,6 +140,8 @@ pub struct Weight {
     pub tensor: TensorId,
     /// How it becomes codes.
     pub scheme: Scheme,
+    /// Position in [`Plan::surveys`], if the scheme needs one.
+    pub survey: Option<usize>,
     /// The element type of the numbers that it is decoded to again, where those are shown instead
     /// of its codes.
     pub decoded: Option<Real>,
@@ -160,10 +166,10 @@ impl Weight {
     }
 
     /// Encodes the window of one chunk of [`grid`](Self::grid), all parts in one pass.
-    pub fn encode(&self, isa: Isa, tile: &Tile<'_>, out: &mut [&mut [u8]]) {
+    pub fn encode(&self, isa: Isa, tile: &Tile<'_>, survey: &Survey, out: &mut [&mut [u8]]) {
         match self.decoded {
-            None => self.scheme.encode(isa, tile, out),
-            Some(to) => self.scheme.encode_decoded(isa, tile, to, out[0]),
+            None => self.scheme.encode(isa, tile, survey, out),
+            Some(to) => self.scheme.encode_decoded(isa, tile, survey, to, out[0]),
         }
     }
 }
@@ -217,6 +223,11 @@ pub enum Content {
         /// Position in the scheme's parts.
         part: usize,
     },
+    /// The scalar that a survey of an encoded weight yields.
+    Scalar {
+        /// Position in [`Plan::weights`].
+        weight: usize,
+    },
 }
 
 impl Plan {
@@ -226,6 +237,7 @@ impl Plan {
             assignment,
             weights: Vec::new(),
             stacks: Vec::new(),
+            surveys: Vec::new(),
             items: Vec::with_capacity(tensors),
             config: Map::new(),
             nested: Vec::new(),
@@ -241,7 +253,11 @@ impl Plan {
     /// Encodes a source tensor, and shows its parts by the suffixes given, in the scheme's order.
     fn encode(&mut self, id: TensorId, scheme: Scheme, suffixes: &[&'static str]) {
         let weight = self.weights.len();
-        self.weights.push(Weight { tensor: id, scheme, decoded: None });
+        let survey = scheme.is_surveyed().then(|| {
+            self.surveys.push(vec![id]);
+            self.surveys.len() - 1
+        });
+        self.weights.push(Weight { tensor: id, scheme, survey, decoded: None });
         for (part, suffix) in suffixes.iter().enumerate() {
             let content = Content::Part { weight, part };
             self.items.push(Item { tensor: id, suffix: Some(suffix), content });
@@ -257,7 +273,7 @@ impl Plan {
         suffixes: &[&'static str],
     ) {
         self.stacks[stack].weights[place] = self.weights.len();
-        self.weights.push(Weight { tensor: id, scheme, decoded: None });
+        self.weights.push(Weight { tensor: id, scheme, decoded: None, survey: None });
         if place == 0 {
             for (part, suffix) in suffixes.iter().enumerate() {
                 let content = Content::Stacked { stack, part };
@@ -266,10 +282,18 @@ impl Plan {
         }
     }
 
+    /// Shows the scalar of the weight encoded last.
+    fn scalar(&mut self, suffix: &'static str) {
+        let weight = self.weights.len() - 1;
+        let tensor = self.weights[weight].tensor;
+        let content = Content::Scalar { weight };
+        self.items.push(Item { tensor, suffix: Some(suffix), content });
+    }
+
     /// Shows a source tensor with elements of type `to`.
     fn cast(&mut self, id: TensorId, to: Real) {
         let scheme = Scheme::Cast(CastScheme { to });
-        self.show(Weight { tensor: id, scheme, decoded: None });
+        self.show(Weight { tensor: id, scheme, survey: None, decoded: None });
     }
 
     /// Shows a weight of one part by the source tensor's own name.
@@ -302,7 +326,9 @@ impl Plan {
     pub fn weights_of<'a>(&'a self, item: &'a Item) -> &'a [usize] {
         match &item.content {
             Content::Source | Content::Inline { .. } => &[],
-            Content::Part { weight, .. } => std::slice::from_ref(weight),
+            Content::Part { weight, .. } | Content::Scalar { weight } => {
+                std::slice::from_ref(weight)
+            }
             Content::Stacked { stack, .. } => &self.stacks[*stack].weights,
         }
     }
@@ -336,6 +362,11 @@ impl Plan {
                 let mut shape = vec![weights.len() as u64];
                 shape.extend(part.shape);
                 (part.dtype, shape.into())
+            }
+            Content::Scalar { weight } => {
+                let scalar = self.weights[*weight].scheme.scalar(tensor.dtype);
+                let scalar = scalar.expect("only surveyed weights have one");
+                (scalar.dtype, scalar.shape.into())
             }
         }
     }

@@ -28,6 +28,8 @@ pub enum Grain {
     None,
     /// Groups of any size, by default this, and channels.
     Any(u32),
+    /// All of a weight.
+    Tensor,
     /// All of a channel.
     Channel,
     /// Groups of these sizes.
@@ -49,7 +51,7 @@ impl Takes {
         request.granularity.unwrap_or(match self.grain {
             Grain::Any(size) | Grain::Squares(size) => Granularity::Group(size),
             Grain::Groups(sizes) | Grain::FlatBlocks(sizes) => Granularity::Group(sizes[0]),
-            Grain::Channel | Grain::None => Granularity::Channel,
+            Grain::Tensor | Grain::Channel | Grain::None => Granularity::Channel,
         })
     }
 
@@ -83,6 +85,7 @@ impl Takes {
             let (taken, has) = match self.grain {
                 Grain::None => (false, "nothing".to_owned()),
                 Grain::Any(_) => (asked != Granularity::Group(0), "at least one weight".to_owned()),
+                Grain::Tensor => (false, "a whole weight".to_owned()),
                 Grain::Channel => (asked == Granularity::Channel, "a whole channel".to_owned()),
                 Grain::Groups(sizes) => (among(sizes), format!("groups of {}", either(sizes))),
                 Grain::FlatBlocks(sizes) => (among(sizes), format!("blocks of {}", either(sizes))),
@@ -117,6 +120,7 @@ impl fmt::Display for Grain {
         match self {
             Self::None => Ok(()),
             Self::Any(default) => write!(f, "group (default {default}), channel"),
+            Self::Tensor => f.write_str("tensor"),
             Self::Channel => f.write_str("channel"),
             Self::Groups(sizes) => write!(f, "group of {}", ranges(sizes)),
             Self::FlatBlocks(sizes) => write!(f, "flat block of {}", ranges(sizes)),

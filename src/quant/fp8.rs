@@ -1,4 +1,4 @@
-//! E4M3 codes with a scale per output channel or block.
+//! E4M3 codes with a scale per weight, output channel or block.
 //!
 //! A weight is about `code * scale`; `m` is the largest magnitude of those that share the scale.
 //! `e4m3` rounds to nearest, ties to even, and `r` to the source's element type:
@@ -12,7 +12,7 @@
 //! ```
 //!
 //! What shares a scale with a NaN or an infinity has the scale NaN or infinity, and is NaN itself
-//! wherever it comes out as NaN. A power of two can't be infinite; there it is NaN as well.
+//! wherever it comes out as NaN; with one scale per weight, that is all of it. A power of two can't be infinite; there it is NaN as well.
 //!
 //! Codes have the same relative error at every scale, so a search has nothing to find: there is one
 //! quality.
@@ -24,12 +24,15 @@ use super::int::MODERATE;
 use super::isa::{Isa, Kernel};
 use super::minifloat::{E4M3_MAX, E4M3_NAN, E8M0_NAN, e4m3, e4m3_value, e8m0_ceil, e8m0_value};
 use super::shape::{assert_lengths, bands, matrix, part};
+use super::survey::Survey;
 use super::tile::{Element, F32, NAN, Tile, for_element};
 use super::{Part, Role};
 
 /// Which weights share a scale.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Fp8Grain {
+    /// All of a weight.
+    Tensor,
     /// All input features of an output feature.
     Channel,
     /// A square of that many output and input features, cut off at the edges.
@@ -47,7 +50,7 @@ pub enum Fp8Scale {
     Power,
 }
 
-/// E4M3 codes with a scale per channel or block.
+/// E4M3 codes with a scale per weight, channel or block.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct Fp8Scheme {
     /// Which weights share a scale.
@@ -56,6 +59,17 @@ pub struct Fp8Scheme {
     pub scale: Fp8Scale,
     /// Whether weights that are not whole blocks are refused.
     pub whole_blocks: bool,
+}
+
+impl Fp8Scale {
+    /// The element type of scales, for weights of type `source`.
+    fn dtype(self, source: Dtype) -> Dtype {
+        match self {
+            Self::Source => source,
+            Self::Inverse => Dtype::F32,
+            Self::Power => Dtype::F8_E8M0,
+        }
+    }
 }
 
 impl Fp8Scheme {
@@ -77,16 +91,24 @@ impl Fp8Scheme {
 
     pub(super) fn parts(&self, dtype: Dtype, shape: &[u64]) -> Vec<Part> {
         let (rows, cols) = (shape[0], shape[1]);
+        let codes = part(Role::Codes, Dtype::F8_E4M3, [rows, cols]);
         let scales = match self.grain {
+            Fp8Grain::Tensor => return vec![codes],
             Fp8Grain::Channel => [rows, 1],
             Fp8Grain::Block(size) => [rows.div_ceil(size.into()), cols.div_ceil(size.into())],
         };
-        let scale = match self.scale {
-            Fp8Scale::Source => dtype,
-            Fp8Scale::Inverse => Dtype::F32,
-            Fp8Scale::Power => Dtype::F8_E8M0,
-        };
-        vec![part(Role::Codes, Dtype::F8_E4M3, [rows, cols]), part(Role::Scale, scale, scales)]
+        vec![codes, part(Role::Scale, self.scale.dtype(dtype), scales)]
+    }
+
+    pub(super) fn scalar(&self, dtype: Dtype) -> Option<Part> {
+        let is_scalar = self.grain == Fp8Grain::Tensor;
+        is_scalar.then(|| part(Role::Scale, self.scale.dtype(dtype), [1]))
+    }
+
+    pub(super) fn scalar_bytes(&self, dtype: Dtype, survey: &Survey) -> Vec<u8> {
+        let mut bytes = vec![0; self.scale.dtype(dtype).bitsize() / 8];
+        for_element!(dtype, E => Factor::new::<E>(self.scale, survey.magnitude(), &mut bytes));
+        bytes
     }
 
     pub(super) fn grid(&self, dtype: Dtype, shape: &[u64], source_bytes: u64) -> Grid {
@@ -94,11 +116,11 @@ impl Fp8Scheme {
         bands(dtype, shape, rows, |shape| self.parts(dtype, shape), source_bytes)
     }
 
-    pub(super) fn encode(&self, isa: Isa, tile: &Tile<'_>, out: &mut [&mut [u8]]) {
+    pub(super) fn encode(&self, isa: Isa, tile: &Tile<'_>, survey: &Survey, out: &mut [&mut [u8]]) {
         let dtype = tile.data.dtype();
         let parts = self.parts(dtype, &[tile.rows as u64, tile.cols as u64]);
         assert_lengths(&parts, out.iter().map(|out| out.len()));
-        let [codes, scales] = out else { unreachable!("two parts") };
+        let (codes, scales) = out.split_first_mut().expect("there are codes");
         let block = self.block(tile.cols as u64);
         for_element!(dtype, E => isa.run(Encode::<E> {
             rule: self.scale,
@@ -107,7 +129,10 @@ impl Fp8Scheme {
             cols: tile.cols,
             stride: tile.stride,
             codes,
-            scales,
+            scales: match scales.first_mut() {
+                Some(scales) => Scales::Stored(scales),
+                None => Scales::Surveyed(survey.magnitude()),
+            },
         }));
     }
 
@@ -119,10 +144,14 @@ impl Fp8Scheme {
         out: &mut [f32],
     ) {
         assert_eq!(out.len(), rows * cols, "number of elements");
-        let specs = self.parts(dtype, &[rows as u64, cols as u64]);
+        let mut specs = self.parts(dtype, &[rows as u64, cols as u64]);
+        specs.extend(self.scalar(dtype));
         assert_lengths(&specs, parts.iter().map(|part| part.len()));
         let &[codes, scales] = parts else { unreachable!("two parts") };
-        let (high, wide) = self.block(cols as u64);
+        let (high, wide) = match self.grain {
+            Fp8Grain::Tensor => (rows as u64, cols as u64),
+            _ => self.block(cols as u64),
+        };
         let across = cols.div_ceil(wide as usize);
         for_element!(dtype, E => for (i, out) in out.iter_mut().enumerate() {
             let (row, col) = (i / cols / high as usize, i % cols / wide as usize);
@@ -136,10 +165,10 @@ impl Fp8Scheme {
         });
     }
 
-    /// Rows and columns of a block, in rows of `cols`.
+    /// Rows and columns of what can be encoded apart, in rows of `cols`.
     pub(super) fn block(&self, cols: u64) -> (u64, u64) {
         match self.grain {
-            Fp8Grain::Channel => (1, cols),
+            Fp8Grain::Tensor | Fp8Grain::Channel => (1, cols),
             Fp8Grain::Block(size) => (size.into(), size.into()),
         }
     }
@@ -153,40 +182,40 @@ struct Encode<'a, E: Element> {
     cols: usize,
     stride: usize,
     codes: &'a mut [u8],
-    scales: &'a mut [u8],
+    scales: Scales<'a>,
+}
+
+/// Where scales come from.
+enum Scales<'a> {
+    /// They are found, and stored here.
+    Stored(&'a mut [u8]),
+    /// There is one, of this largest magnitude.
+    Surveyed(f32),
 }
 
 impl<E: Element> Kernel for Encode<'_, E> {
     #[inline(always)]
     fn run(self) {
-        let Self { rule, block: (high, wide), source, cols, stride, .. } = self;
+        let Self { rule, block: (high, wide), source, cols, stride, mut scales, .. } = self;
         let across = cols.div_ceil(wide);
         for (band, codes) in self.codes.chunks_mut(high * cols).enumerate() {
             for b in 0..across {
                 let cut = b * wide..cols.min((b + 1) * wide);
                 let row = |r: usize| &source[(band * high + r) * stride..][..cols][cut.clone()];
                 let rows = codes.len() / cols;
-                // Bit patterns of magnitudes order as integers, NaNs last.
-                let magnitude = (0..rows).map(|r| E::magnitude(row(r)).to_bits()).fold(0, u32::max);
-                let magnitude = f32::from_bits(magnitude);
-                let at = band * across + b;
-                let factor = match rule {
-                    Fp8Scale::Source => {
-                        let scale = E::round(magnitude / E4M3_MAX);
-                        let scale = if scale == 0.0 { E::EPSILON } else { scale };
-                        E::store(scale, &mut self.scales[at * E::SIZE..]);
-                        Factor::Divide(scale)
-                    }
-                    Fp8Scale::Inverse => {
-                        let factor = inverse(magnitude);
-                        F32::store(F32::round(1.0 / factor), &mut self.scales[at * 4..]);
-                        Factor::Multiply(factor)
-                    }
-                    Fp8Scale::Power => {
-                        let scale = 1.0 / inverse(magnitude);
-                        let code = if scale < f32::MIN_POSITIVE { 1 } else { e8m0_ceil(scale) };
-                        self.scales[at] = if magnitude < f32::INFINITY { code } else { E8M0_NAN };
-                        Factor::Multiply(1.0 / e8m0_value(self.scales[at]))
+                let factor = match &mut scales {
+                    Scales::Surveyed(magnitude) => Factor::new::<E>(rule, *magnitude, &mut [0; 4]),
+                    Scales::Stored(scales) => {
+                        // Bit patterns of magnitudes order as integers, NaNs last.
+                        let bits = (0..rows).map(|r| E::magnitude(row(r)).to_bits());
+                        let magnitude = f32::from_bits(bits.fold(0, u32::max));
+                        let size = match rule {
+                            Fp8Scale::Source => E::SIZE,
+                            Fp8Scale::Inverse => 4,
+                            Fp8Scale::Power => 1,
+                        };
+                        let at = (band * across + b) * size;
+                        Factor::new::<E>(rule, magnitude, &mut scales[at..])
                     }
                 };
                 for (r, codes) in codes.chunks_exact_mut(cols).enumerate() {
@@ -217,6 +246,30 @@ enum Factor {
 }
 
 impl Factor {
+    /// Stores the scale for a largest magnitude at the start of `out`.
+    #[inline(always)]
+    fn new<E: Element>(rule: Fp8Scale, magnitude: f32, out: &mut [u8]) -> Self {
+        match rule {
+            Fp8Scale::Source => {
+                let scale = E::round(magnitude / E4M3_MAX);
+                let scale = if scale == 0.0 { E::EPSILON } else { scale };
+                E::store(scale, out);
+                Self::Divide(scale)
+            }
+            Fp8Scale::Inverse => {
+                let factor = inverse(magnitude);
+                F32::store(F32::round(1.0 / factor), out);
+                Self::Multiply(factor)
+            }
+            Fp8Scale::Power => {
+                let scale = 1.0 / inverse(magnitude);
+                let code = if scale < f32::MIN_POSITIVE { 1 } else { e8m0_ceil(scale) };
+                out[0] = if magnitude < f32::INFINITY { code } else { E8M0_NAN };
+                Self::Multiply(1.0 / e8m0_value(out[0]))
+            }
+        }
+    }
+
     #[inline(always)]
     fn apply<E: Element>(self, row: &[E::Raw], out: &mut [u8]) {
         match self {

@@ -23,6 +23,7 @@ mod search;
 mod shape;
 mod simulate;
 mod spoilt;
+mod survey;
 #[cfg(test)]
 mod tests;
 mod tile;
@@ -38,6 +39,7 @@ pub use int::{Granularity, IntScheme, Packing};
 pub use isa::Isa;
 pub use llm_int8::LlmInt8Scheme;
 pub use micro::{MicroDialect, MicroFloat, MicroScheme};
+pub use survey::Survey;
 pub use tile::{Real, Reals, Tile};
 
 /// How much work goes into the choice of a scale. Never changes shapes or layout.
@@ -58,7 +60,7 @@ pub enum Scheme {
     Affine(AffineScheme),
     /// Small floats with a one-byte scale per group.
     Micro(MicroScheme),
-    /// 8-bit floats with a scale per channel or block.
+    /// 8-bit floats with a scale per weight, channel or block.
     Fp8(Fp8Scheme),
     /// Entries of a table with a scale per block of the flattened weight.
     Codebook(CodebookScheme),
@@ -146,18 +148,49 @@ impl Scheme {
         }
     }
 
+    /// The one number that is stored for a whole weight beside its parts; none where the scheme needs
+    /// no [`survey`](Self::survey).
+    pub fn scalar(&self, dtype: Dtype) -> Option<Part> {
+        match self {
+            Self::Fp8(scheme) => scheme.scalar(dtype),
+            _ => None,
+        }
+    }
+
+    /// The bytes of [`scalar`](Self::scalar); none where there is none.
+    pub fn scalar_bytes(&self, dtype: Dtype, survey: &Survey) -> Vec<u8> {
+        match self {
+            Self::Fp8(scheme) => scheme.scalar_bytes(dtype, survey),
+            _ => Vec::new(),
+        }
+    }
+
+    /// Whether every window of a weight must have been surveyed before the first can be encoded.
+    pub fn is_surveyed(&self) -> bool {
+        self.scalar(Dtype::F32).is_some()
+    }
+
+    /// Adds the window of one chunk to what is known of a weight. Windows come in the grid's order.
+    pub fn survey(&self, isa: Isa, tile: &Tile<'_>, survey: &mut Survey) {
+        match self {
+            Self::Fp8(_) if self.is_surveyed() => survey.add_magnitudes(isa, tile),
+            _ => {}
+        }
+    }
+
     /// Encodes the window of one chunk: all parts, in the order of [`parts`](Self::parts), in one
-    /// pass over the tile. `out` has the lengths that the grid gives; every byte is written.
+    /// pass over the tile. `survey` is that of the whole weight, any where the scheme needs none.
+    /// `out` has the lengths that the grid gives; every byte is written.
     ///
     /// # Panics
     ///
     /// If the tile or an output has another size.
-    pub fn encode(&self, isa: Isa, tile: &Tile<'_>, out: &mut [&mut [u8]]) {
+    pub fn encode(&self, isa: Isa, tile: &Tile<'_>, survey: &Survey, out: &mut [&mut [u8]]) {
         match self {
             Self::Int(scheme) => scheme.encode(isa, tile, out),
             Self::Affine(scheme) => scheme.encode(isa, tile, out),
             Self::Micro(scheme) => scheme.encode(isa, tile, out),
-            Self::Fp8(scheme) => scheme.encode(isa, tile, out),
+            Self::Fp8(scheme) => scheme.encode(isa, tile, survey, out),
             Self::Codebook(scheme) => scheme.encode(isa, tile, out),
             Self::LlmInt8(scheme) => scheme.encode(isa, tile, out),
             Self::Cast(scheme) => scheme.encode(isa, tile, out),
@@ -165,7 +198,8 @@ impl Scheme {
     }
 
     /// Dequantizes one chunk of `rows` x `cols` elements, as a loader of element type `dtype` does:
-    /// every value is one of that type.
+    /// every value is one of that type. After the parts comes the [`scalar`](Self::scalar), where
+    /// there is one.
     ///
     /// # Panics
     ///
@@ -216,6 +250,7 @@ impl std::fmt::Display for Scheme {
             }
             Self::Fp8(Fp8Scheme { grain, .. }) => {
                 match grain {
+                    Fp8Grain::Tensor => f.write_str("E4M3, per tensor")?,
                     Fp8Grain::Channel => f.write_str("E4M3, per channel")?,
                     Fp8Grain::Block(size) => write!(f, "E4M3, blocks of {size} x {size}")?,
                 }

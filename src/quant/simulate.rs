@@ -8,6 +8,7 @@ use crate::dtype::Dtype;
 use super::cast::run_grid;
 use super::grid::{Axis, Grid, PartBytes};
 use super::isa::Isa;
+use super::survey::Survey;
 use super::tile::{Element, Real, Tile, for_element};
 use super::{Part, Role, Scheme};
 
@@ -51,7 +52,14 @@ impl Scheme {
     /// # Panics
     ///
     /// If the tile or the output has another size than the chunk's.
-    pub fn encode_decoded(&self, isa: Isa, tile: &Tile<'_>, to: Real, out: &mut [u8]) {
+    pub fn encode_decoded(
+        &self,
+        isa: Isa,
+        tile: &Tile<'_>,
+        survey: &Survey,
+        to: Real,
+        out: &mut [u8],
+    ) {
         let dtype = tile.data.dtype();
         let element = dtype.bitsize() / 8;
         let (rows, cols) = match self.unit(&[tile.rows as u64, tile.cols as u64]) {
@@ -62,6 +70,7 @@ impl Scheme {
         };
         let size = to.dtype().bitsize() / 8;
         assert_eq!(out.len(), tile.rows * tile.cols * size, "bytes of numbers");
+        let scalar = self.scalar(dtype).map(|_| self.scalar_bytes(dtype, survey));
         let mut parts = Vec::new();
         let mut values = Vec::new();
         for first_row in (0..tile.rows).step_by(rows) {
@@ -79,9 +88,10 @@ impl Scheme {
                     bytes.resize(part.bytes() as usize, 0);
                 }
                 let mut encoded: Vec<&mut [u8]> = parts.iter_mut().map(|p| &mut p[..]).collect();
-                self.encode(isa, &piece, &mut encoded);
+                self.encode(isa, &piece, survey, &mut encoded);
                 values.resize(piece.rows * piece.cols, 0.0);
-                let encoded: Vec<&[u8]> = parts.iter().map(|part| &part[..]).collect();
+                let encoded: Vec<&[u8]> =
+                    parts.iter().chain(&scalar).map(|part| &part[..]).collect();
                 self.decode(dtype, (piece.rows, piece.cols), &encoded, &mut values);
                 // A piece is whole rows or part of the only one.
                 let start = (first_row * tile.cols + first_col) * size;

@@ -10,7 +10,7 @@ use super::{MicroDialect, Part, Role, Scheme};
 
 impl Scheme {
     /// Whether encoded parts hold a scale, or a plain number, that is not finite. `parts` says what
-    /// they are, in the order of `bytes`.
+    /// they are, the [`scalar`](Self::scalar) after them, in the order of `bytes`.
     pub fn is_spoilt(&self, parts: &[Part], bytes: &[&[u8]]) -> bool {
         parts.iter().zip(bytes).any(|(part, bytes)| match (part.role, part.dtype) {
             (Role::Scale, Dtype::U8) => match self {

@@ -239,7 +239,7 @@ fn all_schemes(quality: Quality) -> Vec<IntScheme> {
     out
 }
 
-/// Encodes `rows` x `cols` elements chunk by chunk.
+/// Encodes `rows` x `cols` elements chunk by chunk: the parts, and the scalar if there is one.
 fn encode(
     scheme: impl Into<Scheme>,
     isa: Isa,
@@ -253,7 +253,33 @@ fn encode(
     let parts =
         scheme.parts(dtype, &shape).iter().map(|p| vec![0xaa; p.bytes() as usize]).collect();
     let grid = scheme.grid(dtype, &shape, source_bytes);
-    encode_on(&grid, data, parts, |tile, out| scheme.encode(isa, tile, out))
+    let survey = survey_on(&grid, data, scheme, isa);
+    let mut parts =
+        encode_on(&grid, data, parts, |tile, out| scheme.encode(isa, tile, &survey, out));
+    parts.extend(scheme.scalar(dtype).map(|_| scheme.scalar_bytes(dtype, &survey)));
+    parts
+}
+
+/// The source of one chunk.
+fn tile_of<'a>(grid: &Grid, data: Reals<'a>, chunk: u64) -> Tile<'a> {
+    let (_, width) = grid.view();
+    let window = grid.window(chunk);
+    let first = window.first_row * width + window.first_col;
+    Tile {
+        data: data.skip(first as usize * data.dtype().bitsize() / 8),
+        rows: window.rows as usize,
+        cols: window.cols as usize,
+        stride: width as usize,
+    }
+}
+
+/// The survey of a weight, chunk by chunk.
+fn survey_on(grid: &Grid, data: Reals<'_>, scheme: Scheme, isa: Isa) -> Survey {
+    let mut survey = Survey::default();
+    if scheme.is_surveyed() {
+        (0..grid.chunks()).for_each(|k| scheme.survey(isa, &tile_of(grid, data, k), &mut survey));
+    }
+    survey
 }
 
 /// Has `encode` fill in `parts` chunk by chunk.
@@ -263,16 +289,7 @@ fn encode_on(
     mut parts: Vec<Vec<u8>>,
     encode: impl Fn(&Tile<'_>, &mut [&mut [u8]]),
 ) -> Vec<Vec<u8>> {
-    let (_, width) = grid.view();
     for k in 0..grid.chunks() {
-        let window = grid.window(k);
-        let first = window.first_row * width + window.first_col;
-        let tile = Tile {
-            data: data.skip(first as usize * data.dtype().bitsize() / 8),
-            rows: window.rows as usize,
-            cols: window.cols as usize,
-            stride: width as usize,
-        };
         let mut out: Vec<_> = parts
             .iter_mut()
             .enumerate()
@@ -281,7 +298,7 @@ fn encode_on(
                 &mut part[range.start as usize..range.end as usize]
             })
             .collect();
-        encode(&tile, &mut out);
+        encode(&tile_of(grid, data, k), &mut out);
     }
     parts
 }
@@ -469,7 +486,7 @@ fn a_tile_skips_what_lies_between_its_rows() {
     let mut out: Vec<&mut [u8]> = parts.iter_mut().map(|p| &mut p[..]).collect();
     let end = ((rows - 1) * stride + cols) * 2;
     let tile = Tile { data: Reals::Bf16(&wide[..end]), rows, cols, stride };
-    Scheme::Int(scheme).encode(isa, &tile, &mut out);
+    Scheme::Int(scheme).encode(isa, &tile, &Survey::default(), &mut out);
     assert_eq!(parts, expected);
 }
 

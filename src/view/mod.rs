@@ -9,6 +9,7 @@ mod cache;
 mod model;
 mod shard;
 mod spoilt;
+mod survey;
 mod tree;
 mod walk;
 

@@ -7,12 +7,13 @@ use super::buffers::{Buffer, Buffers};
 use super::cache::{Cache, ChunkKey};
 use super::shard::{Piece, VirtualShard};
 use super::spoilt::Spoilt;
+use super::survey::Surveys;
 use super::{Budget, Counters};
 use crate::error::Result;
-use crate::format::{Content, Edit, Format, Item, Plan, config};
-use crate::quant::{Grid, Isa, Reals, Tile};
+use crate::format::{Content, Edit, Format, Item, Plan, Weight, config};
+use crate::quant::{Grid, Isa, Reals, Survey, Tile};
 use crate::recipe::Request;
-use crate::source::{Checkpoint, SourceFiles, Window};
+use crate::source::{Checkpoint, SourceFiles, Tensor, TensorId, Window};
 
 /// A checkpoint and what a format makes of it.
 #[derive(Debug)]
@@ -21,6 +22,7 @@ pub struct Model {
     format: &'static dyn Format,
     plan: Plan,
     shards: Vec<VirtualShard>,
+    surveys: Surveys,
     /// What `Model`'s weights count from in the view's cache.
     first_weight: u32,
 }
@@ -64,7 +66,8 @@ impl Model {
             };
             ids.into_iter().zip(checkpoint.shards()).map(lay_out).collect()
         };
-        Ok(Self { checkpoint, format, plan, shards, first_weight })
+        let surveys = Surveys::new(plan.surveys.len());
+        Ok(Self { checkpoint, format, plan, shards, surveys, first_weight })
     }
 
     /// The source.
@@ -196,6 +199,10 @@ impl Model {
                             self.read_part(engine, weight, *part, range.start, out)?;
                         }
                     }
+                    Content::Scalar { weight } => {
+                        let bytes = self.scalar(engine, *weight)?;
+                        out.copy_from_slice(&bytes[range.start as usize..range.end as usize]);
+                    }
                 },
             }
         }
@@ -277,38 +284,25 @@ impl Model {
 
     /// Encodes every part of one chunk in one pass over its source.
     fn encode(&self, engine: &Engine, weight: usize, chunk: u64) -> Result<Vec<Buffer>> {
+        let survey = self.survey(engine, weight)?;
         let key = self.key(weight, chunk);
         let grid = self.grid(weight, engine.budget.chunk);
         let weight = self.plan.weights[weight];
         let tensor = &self.checkpoint.catalog()[weight.tensor];
-        let parts = weight.parts(tensor);
+        let mut parts = weight.parts(tensor);
         let mut buffers: Vec<Buffer> = (0..parts.len())
             .map(|part| grid.range(part, chunk))
             .map(|range| engine.buffers.take((range.end - range.start) as usize))
             .collect();
-        let (_, width) = grid.view();
-        let place = grid.window(chunk);
-        let window = Window {
-            width,
-            first_row: place.first_row,
-            rows: place.rows,
-            first_col: place.first_col,
-            cols: place.cols,
-        };
-        engine.counters.source.add(place.rows * place.cols * tensor.dtype.bitsize() as u64 / 8);
-        self.checkpoint.with_window(&engine.files, weight.tensor, window, |bytes| {
-            let data = Reals::new(tensor.dtype, bytes).expect("the scheme accepted the type");
-            let tile = Tile {
-                data,
-                rows: place.rows as usize,
-                cols: place.cols as usize,
-                stride: width as usize,
-            };
+        self.with_tile(engine, weight.tensor, &grid, chunk, |tile| {
             let mut out: Vec<&mut [u8]> =
                 buffers.iter_mut().map(|buffer| &mut buffer[..]).collect();
-            weight.encode(engine.isa, &tile, &mut out);
+            weight.encode(engine.isa, tile, &survey, &mut out);
         })?;
-        let bytes: Vec<&[u8]> = buffers.iter().map(|buffer| &buffer[..]).collect();
+        let scalar = weight.scheme.scalar_bytes(tensor.dtype, &survey);
+        parts.extend(weight.scheme.scalar(tensor.dtype));
+        let bytes = buffers.iter().map(|buffer| &buffer[..]).chain([&scalar[..]]);
+        let bytes: Vec<&[u8]> = bytes.take(parts.len()).collect();
         if weight.scheme.is_spoilt(&parts, &bytes) {
             engine.spoilt.note(key.0, || {
                 let shard = self.checkpoint.shards()[tensor.shard()].file.name();
@@ -318,10 +312,67 @@ impl Model {
         Ok(buffers)
     }
 
-    /// How a weight is cut.
-    fn grid(&self, weight: usize, source_bytes: u64) -> Grid {
+    /// What must be known of all of a weight before it can be encoded. The first to ask reads it,
+    /// and whatever shares its survey.
+    fn survey(&self, engine: &Engine, weight: usize) -> Result<Survey> {
+        let Weight { scheme, survey, .. } = self.plan.weights[weight];
+        let Some(id) = survey else { return Ok(Survey::default()) };
+        self.surveys.get(id, || {
+            let mut survey = Survey::default();
+            for &tensor in &self.plan.surveys[id] {
+                let Tensor { dtype, shape, .. } = &self.checkpoint.catalog()[tensor];
+                let grid = scheme.grid(*dtype, shape, engine.budget.chunk);
+                for chunk in 0..grid.chunks() {
+                    self.with_tile(engine, tensor, &grid, chunk, |tile| {
+                        scheme.survey(engine.isa, tile, &mut survey);
+                    })?;
+                }
+            }
+            Ok(survey)
+        })
+    }
+
+    /// The bytes of a surveyed weight's scalar.
+    fn scalar(&self, engine: &Engine, weight: usize) -> Result<Vec<u8>> {
+        let survey = self.survey(engine, weight)?;
+        let Weight { tensor, scheme, .. } = self.plan.weights[weight];
+        Ok(scheme.scalar_bytes(self.checkpoint.catalog()[tensor].dtype, &survey))
+    }
+
+    fn grid(&self, weight: usize, chunk_bytes: u64) -> Grid {
         let weight = &self.plan.weights[weight];
-        weight.grid(&self.checkpoint.catalog()[weight.tensor], source_bytes)
+        weight.grid(&self.checkpoint.catalog()[weight.tensor], chunk_bytes)
+    }
+
+    /// Calls `f` with the source of one chunk.
+    fn with_tile<T>(
+        &self,
+        engine: &Engine,
+        tensor: TensorId,
+        grid: &Grid,
+        chunk: u64,
+        f: impl FnOnce(&Tile<'_>) -> T,
+    ) -> Result<T> {
+        let dtype = self.checkpoint.catalog()[tensor].dtype;
+        let (_, width) = grid.view();
+        let place = grid.window(chunk);
+        let window = Window {
+            width,
+            first_row: place.first_row,
+            rows: place.rows,
+            first_col: place.first_col,
+            cols: place.cols,
+        };
+        engine.counters.source.add(place.rows * place.cols * dtype.bitsize() as u64 / 8);
+        self.checkpoint.with_window(&engine.files, tensor, window, |bytes| {
+            let data = Reals::new(dtype, bytes).expect("the scheme accepted the type");
+            f(&Tile {
+                data,
+                rows: place.rows as usize,
+                cols: place.cols as usize,
+                stride: width as usize,
+            })
+        })
     }
 
     fn key(&self, weight: usize, chunk: u64) -> ChunkKey {

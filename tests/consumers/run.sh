@@ -30,3 +30,4 @@ load "${some[@]}" --bits 8 --format ct-int8
 "$python" tests/consumers/closeness.py "$bin" tests/fixtures/llama-bf16
 "$python" tests/consumers/formats.py "$bin" tests/fixtures/llama-bf16
 "$python" tests/consumers/mlx_formats.py "$bin" tests/fixtures/llama-bf16
+"$python" tests/consumers/mlx_mixtures.py "$bin" "$models"

@@ -130,6 +130,7 @@ fn microscaled_codes_are_as_defined() {
 
 fn naive_fp8(f: Float, scheme: Fp8Scheme, (rows, cols): (usize, usize), weight: &[f32]) -> Defined {
     let (high, wide) = match scheme.grain {
+        Fp8Grain::Tensor => (rows, cols),
         Fp8Grain::Channel => (1, cols),
         Fp8Grain::Block(size) => (size as usize, size as usize),
     };
@@ -187,6 +188,8 @@ fn fp8_codes_are_as_defined() {
     for f in FLOATS {
         for scale in [Fp8Scale::Source, Fp8Scale::Inverse, Fp8Scale::Power] {
             for (grain, shape) in [
+                (Fp8Grain::Tensor, (33, 70)),
+                (Fp8Grain::Tensor, (1, 1)),
                 (Fp8Grain::Channel, (33, 70)),
                 (Fp8Grain::Channel, (16, 1)),
                 (Fp8Grain::Block(16), (32, 48)),
