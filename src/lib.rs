@@ -13,6 +13,7 @@
 //! - [`recipe`]: which module is quantized how, and why.
 //! - [`mod@format`]: how a quantized checkpoint is written down.
 //! - [`view`]: the virtual checkpoint, its tree and `read_at`.
+//! - [`loader`]: what `--for` knows of the programs that load what is shown.
 //! - [`export`]: a view written to disk.
 //! - [`modality`]: what a checkpoint works on.
 //! - [`adapter`]: the library's way to a checkpoint's tensors, [`ShardedSafeTensorsAdapter`], and
@@ -27,6 +28,7 @@ pub mod error;
 pub mod export;
 pub mod format;
 pub mod fuse;
+pub mod loader;
 pub mod modality;
 pub mod mount;
 pub mod quant;

@@ -5,10 +5,9 @@ use std::time::Instant;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-use super::{BudgetArgs, RecipeArgs, bytes, warn_all};
+use super::{BudgetArgs, RecipeArgs, bytes, print, warn_all};
 use crate::error::Result;
 use crate::export::{Options, export};
-use crate::view::View;
 
 /// Arguments of `aq-fs export`.
 #[derive(Debug, clap::Args)]
@@ -39,7 +38,7 @@ pub(super) struct ExportArgs {
 }
 
 pub(super) fn run(args: &ExportArgs) -> Result<()> {
-    let view = View::open(&args.model, &args.recipe.request(), args.budget.budget())?;
+    let view = args.recipe.open(&args.model, args.budget.budget())?;
     warn_all(view.warnings());
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let options = Options { threads: args.threads.unwrap_or(cores), overwrite: args.overwrite };
@@ -68,6 +67,7 @@ pub(super) fn run(args: &ExportArgs) -> Result<()> {
             started.elapsed().as_secs_f64(),
             args.out.display()
         );
+        print(&args.recipe.lines(view.root(), &args.out))?;
     }
     Ok(())
 }

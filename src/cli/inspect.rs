@@ -32,7 +32,7 @@ pub(super) struct InspectArgs {
 }
 
 pub(super) fn run(args: &InspectArgs) -> Result<()> {
-    let view = View::open(&args.model, &args.recipe.request(), BudgetArgs::default().budget())?;
+    let view = args.recipe.open(&args.model, BudgetArgs::default().budget())?;
     let text = match (args.json, args.summary) {
         (true, _) => serde_json::to_string_pretty(&as_json(&view)).expect("JSON serializes") + "\n",
         (false, summary) => as_text(&view, !summary),

@@ -6,6 +6,7 @@ mod mount;
 mod status;
 mod unmount;
 
+use std::path::Path;
 use std::process::ExitCode;
 
 use clap::builder::PossibleValuesParser;
@@ -13,9 +14,10 @@ use clap::{Parser, Subcommand, ValueEnum};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::FORMATS;
+use crate::loader::{self, LOADERS, Loader};
 use crate::quant::{Granularity, Quality, Real, Storage};
 use crate::recipe::{Override, Request, ScaleFormat};
-use crate::view::Budget;
+use crate::view::{Budget, View};
 
 /// Show a safetensors checkpoint as a quantized one, without writing it.
 ///
@@ -148,6 +150,15 @@ fn bytes(bytes: u64) -> String {
 #[derive(Clone, Debug, clap::Args)]
 #[command(next_help_heading = "Recipe")]
 struct RecipeArgs {
+    /// The program that will load it: picks a format that suits it, refuses what it can't load, and
+    /// prints how it is told to
+    #[arg(
+        long = "for",
+        value_name = "LOADER",
+        value_parser = PossibleValuesParser::new(loader_names())
+    )]
+    loader: Option<String>,
+
     /// How the quantized checkpoint is written down [default: compressed-tensors, or dense where
     /// plain numbers are asked for]
     #[arg(long, value_name = "NAME", value_parser = PossibleValuesParser::new(format_names()))]
@@ -251,6 +262,34 @@ enum RealArg {
 }
 
 impl RecipeArgs {
+    /// The loader that is named, if one is.
+    fn loader(&self) -> Option<&'static Loader> {
+        self.loader.as_deref().map(|name| loader::find(name).expect("a name that was offered"))
+    }
+
+    /// The view of a model, if the loader that is named can load it.
+    fn open(&self, model: &Path, budget: Budget) -> Result<View> {
+        let request = self.request();
+        let loader = self.loader();
+        if let Some(loader) = loader {
+            loader.check_format(&request.format)?;
+        }
+        let view = View::open(model, &request, budget)?;
+        if let Some(loader) = loader {
+            loader.check(&view, &request)?;
+        }
+        Ok(view)
+    }
+
+    /// What to type to load `path`, which shows the model in `source`; nothing where no loader is
+    /// named.
+    fn lines(&self, source: &Path, path: &Path) -> String {
+        let Some(loader) = self.loader() else { return String::new() };
+        let text = std::fs::read_to_string(source.join("config.json")).unwrap_or_default();
+        let config = serde_json::from_str(&text).ok();
+        loader.lines(&self.request(), config.as_ref(), &path.display().to_string()) + "\n"
+    }
+
     fn request(&self) -> Request {
         let bits = self.profile.map(|profile| match profile {
             Profile::Edge => 2,
@@ -258,7 +297,8 @@ impl RecipeArgs {
             Profile::Cloud => 8,
         });
         let dense = self.simulate.is_some() || self.dtype.is_some();
-        let format = if dense { "dense" } else { "compressed-tensors" };
+        let preferred = self.loader().map_or("compressed-tensors", |loader| loader.prefers);
+        let format = if dense { "dense" } else { preferred };
         Request {
             format: self.format.clone().unwrap_or_else(|| format.to_owned()),
             bits: self.bits.or(bits),
@@ -289,6 +329,10 @@ impl RecipeArgs {
             set: self.set.clone(),
         }
     }
+}
+
+fn loader_names() -> Vec<clap::builder::PossibleValue> {
+    LOADERS.iter().map(|l| clap::builder::PossibleValue::new(l.name).help(l.about)).collect()
 }
 
 fn format_names() -> Vec<clap::builder::PossibleValue> {
@@ -450,6 +494,9 @@ mod tests {
                     ..base()
                 }),
             ),
+            ("--for mlx-lm", Some(Request { format: "mlx".to_owned(), ..base() })),
+            ("--for vllm --format ct-fp8", Some(Request { format: "ct-fp8".to_owned(), ..base() })),
+            ("--for nobody", None),
             ("--set a", None),
             ("--set a=x", None),
             ("--format no-such", None),

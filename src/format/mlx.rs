@@ -24,7 +24,7 @@ use std::collections::HashMap;
 use serde_json::{Value, json};
 
 use super::takes::{Grain, Takes};
-use super::{Format, Plan, Reader, mlx_mixtures, ran};
+use super::{Format, Plan, Reader, by_layout, mlx_mixtures, ran};
 use crate::error::Result;
 use crate::quant::{
     AffineScheme, Granularity, MicroDialect, MicroFloat, MicroScheme, Quality, Scheme,
@@ -101,7 +101,12 @@ impl Format for Mlx {
     }
 
     fn readers(&self) -> &'static [Reader] {
-        const { &[ran("mlx-lm", "0.32.2, a Llama (`tests/consumers/mlx_formats.py`)")] }
+        const MLX_LM: Reader =
+            ran("mlx-lm", "0.32.2, a Llama and five mixtures (`tests/consumers/mlx_*.py`)");
+        match self.mode {
+            "affine" => const { &[MLX_LM, by_layout("mistral.rs")] },
+            _ => const { &[MLX_LM] },
+        }
     }
 
     fn plan(&self, catalog: &Catalog, config: Option<&Value>, request: &Request) -> Result<Plan> {
