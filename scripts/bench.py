@@ -5,8 +5,10 @@
 
 Measurements: mount (a model of DeepSeek-V3's size, sparse), read (int4 at reference and search
 quality against the same files shown as they are, in turn, each on a fresh mount, the source in the
-page cache), memory (a model of --gib GiB read through once). All of them if none is named. Prints a
-Markdown table. Needs a release build, root or a usable /dev/fuse, and nothing but Python.
+page cache), memory (a model of --gib GiB read through once), cgroup (the same from cold disk, mount
+and reader in a memory control group of 256 MiB, against no limit; needs root), export (to --dir,
+best a tmpfs, with the model in the page cache). All of them if none is named. Prints a Markdown
+table. Needs a release build, root or a usable /dev/fuse, and nothing but Python.
 """
 
 import argparse
@@ -19,6 +21,7 @@ import shutil
 import statistics
 import struct
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -52,10 +55,10 @@ def read_all(directory, how):
 
 
 class Mount:
-    def __init__(self, model, *flags):
+    def __init__(self, model, *flags, enter=None):
         self.point = pathlib.Path(tempfile.mkdtemp(prefix="aq-fs-bench-"))
         started = time.perf_counter()
-        subprocess.run([BIN, "mount", model, self.point, *flags], check=True)
+        subprocess.run([BIN, "mount", model, self.point, *flags], check=True, preexec_fn=enter)
         self.seconds = time.perf_counter() - started
 
     def __enter__(self):
@@ -86,7 +89,11 @@ class PeakRssAnon(threading.Thread):
 
     def run(self):
         while not self.stop.wait(0.005):
-            for line in self.path.read_text().splitlines():
+            try:
+                text = self.path.read_text()
+            except OSError:
+                return
+            for line in text.splitlines():
                 if line.startswith("RssAnon:"):
                     self.peak = max(self.peak, int(line.split()[1]) << 10)
 
@@ -261,7 +268,107 @@ def measure_memory(work, options):
     shutil.rmtree(model)
 
 
-MEASUREMENTS = {"mount": measure_mount, "read": measure_read, "memory": measure_memory}
+class Group:
+    """A memory control group below this process's own, of whichever version there is."""
+
+    def __init__(self, limit):
+        groups = [line.split(":", 2) for line in pathlib.Path("/proc/self/cgroup").read_text().splitlines()]
+        own = next((path for _, names, path in groups if "memory" in names.split(",")), None)
+        self.v1 = own is not None
+        if self.v1:
+            self.path = pathlib.Path("/sys/fs/cgroup/memory" + own) / "aq-fs-bench"
+        else:
+            # Version 2 has no processes in a group that has children which are limited.
+            self.path = pathlib.Path("/sys/fs/cgroup/aq-fs-bench")
+        self.path.mkdir(exist_ok=True)
+        name = "memory.limit_in_bytes" if self.v1 else "memory.max"
+        if limit:
+            (self.path / name).write_text(str(limit))
+
+    def enter(self):
+        (self.path / "cgroup.procs").write_text(str(os.getpid()))
+
+    def kills(self):
+        name = "memory.oom_control" if self.v1 else "memory.events"
+        lines = (self.path / name).read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
+
+    def remove(self):
+        # Whoever has just ended may still be in it.
+        for _ in range(100):
+            try:
+                return self.path.rmdir()
+            except OSError:
+                time.sleep(0.05)
+
+
+def measure_cgroup(work, options):
+    model = work / "large"
+    subprocess.run([TOY, model, "--gib", str(options.gib)], check=True)
+    limits = {"256 MiB": 256 << 20, "none": None}
+    seconds = {name: [] for name in limits}
+    kills = 0
+    for _ in range(options.rounds):
+        for name, limit in limits.items():
+            for path in shards(model):
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            group = Group(limit)
+            flags = ["--bits", "4", "--quality", "reference"]
+            with Mount(model, *flags, enter=group.enter) as mount:
+                started = time.perf_counter()
+                command = ["cat", *shards(mount.point)]
+                subprocess.run(command, check=True, stdout=subprocess.DEVNULL, preexec_fn=group.enter)
+                seconds[name].append(time.perf_counter() - started)
+                cache = mount.status()["stats"]["cache_budget"]
+                kills += group.kills()
+            group.remove()
+            print(f"{name}: {seconds[name][-1]:.1f} s, cache {cache >> 20} MiB", file=sys.stderr)
+    ratios = [a / b for a, b in zip(seconds["256 MiB"], seconds["none"])]
+    yield (
+        f"{options.gib:g} GiB of source read through from cold disk, in a cgroup of 256 MiB",
+        f"{statistics.median(seconds['256 MiB']):.1f} s, {kills} OOM kills",
+        f"{statistics.median(ratios):.2f} times as long as without a limit, in the same round",
+    )
+    shutil.rmtree(model)
+
+
+def measure_export(work, options):
+    model = work / "model"
+    subprocess.run([TOY, model, "--gib", str(min(options.gib, 2))], check=True)
+    source = read_all(model, "read") / (1 << 30)
+    for quality in ("reference", "search"):
+        seconds, peaks = [], []
+        for _ in range(options.rounds):
+            out = work / "out"
+            started = time.perf_counter()
+            command = [BIN, "export", model, out, "--bits", "4", "--quality", quality, "--quiet"]
+            process = subprocess.Popen(command)
+            peak = PeakRssAnon(process.pid)
+            peak.start()
+            process.wait()
+            seconds.append((time.perf_counter() - started) / source)
+            peak.stop.set()
+            peak.join()
+            peaks.append(peak.peak)
+            assert process.returncode == 0
+            shutil.rmtree(out)
+        yield (
+            f"export, int4, {quality}",
+            f"{statistics.median(seconds):.2f} s per GiB of source",
+            f"peak RssAnon {max(peaks) / (1 << 20):.0f} MiB",
+        )
+    shutil.rmtree(model)
+
+
+MEASUREMENTS = {
+    "mount": measure_mount,
+    "read": measure_read,
+    "memory": measure_memory,
+    "cgroup": measure_cgroup,
+    "export": measure_export,
+}
 
 
 def main():

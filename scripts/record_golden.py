@@ -2,9 +2,13 @@
 """Records what other tools' quantized checkpoints hold, as one line of digest per tensor.
 
     record_golden.py CHECKPOINT... > tests/fixtures/golden.json
+    record_golden.py --casts CHECKPOINT... > tests/fixtures/golden_casts.json
 
 Each CHECKPOINT is a directory that a format's own tool wrote from tests/fixtures/llama-bf16. The
 digest is the SHA-256 of the tensor's bytes. Needs nothing but Python.
+
+With --casts, for the many that make_golden.py writes from other element types, there is one digest
+for all tensors whose names end alike: of their lines "name dtype d0,d1 digest", sorted by name.
 """
 
 import hashlib
@@ -26,6 +30,19 @@ def tensors(directory):
             yield name, [info["dtype"], info["shape"], digest]
 
 
+def parts(directory):
+    """One digest per last component of the tensors' names."""
+    lines = {}
+    for name, (dtype, shape, digest) in sorted(tensors(directory)):
+        row = f"{name} {dtype} {','.join(map(str, shape))} {digest}\n"
+        lines.setdefault(name.rpartition(".")[2], []).append(row)
+    return {part: hashlib.sha256("".join(rows).encode()).hexdigest() for part, rows in sorted(lines.items())}
+
+
+if sys.argv[1] == "--casts":
+    recorded = {pathlib.Path(path).name: parts(pathlib.Path(path)) for path in sorted(sys.argv[2:])}
+    print(json.dumps(recorded, indent=1))
+    sys.exit()
 recorded = {}
 for argument in sys.argv[1:]:
     directory = pathlib.Path(argument)

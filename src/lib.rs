@@ -12,6 +12,7 @@
 //! - [`quant`]: numerics, reals to codes; pure functions on slices.
 //! - [`recipe`]: which module is quantized how, and why.
 //! - [`mod@format`]: how a quantized checkpoint is written down.
+//! - [`memory`]: how much there is, for budgets.
 //! - [`view`]: the virtual checkpoint, its tree and `read_at`.
 //! - [`loader`]: what `--for` knows of the programs that load what is shown.
 //! - [`export`]: a view written to disk.
@@ -29,6 +30,7 @@ pub mod export;
 pub mod format;
 pub mod fuse;
 pub mod loader;
+pub mod memory;
 pub mod modality;
 pub mod mount;
 pub mod quant;

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("dtype", &[]),
     ("error", &[]),
+    ("memory", &[]),
     ("modality", &[]),
     ("threads", &[]),
     ("quant", &["dtype"]),

@@ -1,12 +1,13 @@
 //! What `--quality reference` shows is what each format's own tool wrote, byte for byte.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use aq_fs::quant::{Granularity, Quality, Storage};
+use aq_fs::quant::{Granularity, Quality, Real, Storage};
 use aq_fs::recipe::{Request, ScaleFormat};
 use aq_fs::view::{Budget, NodeKind, View};
-use safetensors::SafeTensors;
+use safetensors::tensor::TensorView;
+use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
@@ -148,4 +149,85 @@ fn reference_quality_reproduces_every_recorded_checkpoint() {
             assert!(list(declared).contains(&"lm_head".into()), "{name}");
         }
     }
+}
+
+/// Writes the fixture in F32 below `dir`, every value times 1.1 so that no bits are left zero.
+fn in_f32(dir: &Path) -> PathBuf {
+    let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/llama-bf16");
+    let out = dir.join("f32");
+    std::fs::create_dir(&out).expect("made");
+    for entry in std::fs::read_dir(fixture).expect("the fixture") {
+        let path = entry.expect("an entry").path();
+        let mut bytes = std::fs::read(&path).expect("readable");
+        let to = out.join(path.file_name().expect("a name"));
+        if path.extension().is_some_and(|extension| extension == "safetensors") {
+            let parsed = SafeTensors::deserialize(&bytes).expect("a safetensors file");
+            let widened: Vec<(String, Vec<usize>, Vec<u8>)> = parsed
+                .tensors()
+                .into_iter()
+                .map(|(name, tensor)| {
+                    assert_eq!(tensor.dtype(), Dtype::BF16, "{name}");
+                    let value = |b: &[u8]| f32::from_le_bytes([0, 0, b[0], b[1]]) * 1.1;
+                    let data = tensor.data().chunks(2).flat_map(|b| value(b).to_le_bytes());
+                    (name, tensor.shape().to_vec(), data.collect())
+                })
+                .collect();
+            let views = widened.iter().map(|(name, shape, data)| {
+                (name, TensorView::new(Dtype::F32, shape.clone(), data).expect("a tensor"))
+            });
+            bytes = safetensors::serialize(views, None).expect("serialized");
+        } else if path.ends_with("config.json") {
+            let config = String::from_utf8(bytes).expect("UTF-8");
+            bytes = config.replace("\"bfloat16\"", "\"float32\"").into_bytes();
+        }
+        std::fs::write(to, bytes).expect("written");
+    }
+    out
+}
+
+/// Writes what `dense --dtype f16` shows of a model in one directory.
+fn in_f16(model: &Path, dir: &Path) -> PathBuf {
+    let out = dir.join("f16");
+    std::fs::create_dir(&out).expect("made");
+    let request =
+        Request { format: "dense".to_owned(), dtype: Some(Real::F16), ..Request::default() };
+    let view = View::open(model, &request, Budget::default()).expect("a view");
+    for (id, node) in view.tree().nodes().iter().enumerate() {
+        let NodeKind::File { size } = node.kind else { continue };
+        let mut bytes = vec![0; size as usize];
+        view.read_at(id, 0, &mut bytes).expect("readable");
+        std::fs::write(out.join(&node.name), bytes).expect("written");
+    }
+    out
+}
+
+#[test]
+fn reference_quality_is_the_tools_bytes_from_f16_and_f32_too() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let f32 = in_f32(dir.path());
+    let f16 = in_f16(&f32, dir.path());
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/golden_casts.json");
+    let recorded = std::fs::read(path).expect("the fixture");
+    let recorded: BTreeMap<String, BTreeMap<String, String>> =
+        serde_json::from_slice(&recorded).expect("parts by checkpoint");
+    let mut seen = [0, 0];
+    for (checkpoint, expected) in &recorded {
+        let (name, dtype) = checkpoint.split_once('@').expect("an element type");
+        let source = if dtype == "f16" { &f16 } else { &f32 };
+        seen[usize::from(dtype == "f16")] += 1;
+        let view = View::open(source, &request(name), Budget::default()).expect(checkpoint);
+        // One digest over all rows of the same last component, as record_golden.py has it.
+        let mut parts: BTreeMap<String, Sha256> = BTreeMap::new();
+        for (tensor, (dtype, shape, digest)) in shown(&view) {
+            let part = tensor.rsplit('.').next().expect("a component").to_owned();
+            let shape: Vec<String> = shape.iter().map(usize::to_string).collect();
+            let row = format!("{tensor} {dtype} {} {digest}\n", shape.join(","));
+            parts.entry(part).or_default().update(row);
+        }
+        let hex = |sha: Sha256| sha.finalize().iter().map(|b| format!("{b:02x}")).collect();
+        let found: BTreeMap<String, String> =
+            parts.into_iter().map(|(part, sha)| (part, hex(sha))).collect();
+        assert_eq!(&found, expected, "{checkpoint}");
+    }
+    assert!(seen[0] >= 30 && seen[0] == seen[1], "{seen:?}");
 }

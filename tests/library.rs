@@ -243,7 +243,7 @@ fn stream(path: &Path, request: &Request, budget: Budget) -> (Streamed, Progress
 fn exported(path: &Path, request: &Request) -> Streamed {
     let out = tempfile::tempdir().expect("a directory");
     let view = View::open(path, request, Budget::default()).expect("opened");
-    let options = export::Options { threads: 2, overwrite: false };
+    let options = export::Options { threads: 2, overwrite: false, step: export::Step::Whole };
     export(&view, out.path(), options, &|_, _| {}).expect("exported");
     let mut tensors = Streamed::new();
     for node in 0..view.tree().nodes().len() {

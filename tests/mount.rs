@@ -431,3 +431,24 @@ fn nothing_stays_mounted_where_nobody_waits_for_it_any_more() {
     assert_eq!(child.wait().expect("known").code(), Some(1));
     assert_eq!(mounts_on(&mountpoint), 0);
 }
+
+#[test]
+fn status_tells_rates_and_what_would_raise_them() {
+    let place = Place::new();
+    let model = support::llama(&place.path("model"));
+    let mount = place.mount(&model, "q", &[]);
+    let shard = mount.mountpoint.join("model-00002-of-00003.safetensors");
+    let read = fs::read(&shard).expect("read").len() as u64;
+    let status = place.status(&mount.mountpoint);
+    let device = status["device"].as_str().expect("a device");
+    let path = format!("/sys/class/bdi/{device}/read_ahead_kb");
+    // Only root may, and only root's is not that low already.
+    let _ = fs::write(&path, "128");
+    let status = place.status(&mount.mountpoint);
+    let advice = status["advice"].as_str().expect("advice");
+    assert!(advice.ends_with(&format!("echo 4096 | sudo tee {path}")), "{advice}");
+    let rates = &status["rates"];
+    let (over, rate) = (rates["over_ms"].as_u64(), rates["output"].as_u64());
+    let (over, rate) = (over.expect("a number"), rate.expect("a number"));
+    assert!(rate * over / 1000 + rate >= read, "{rate} in {over} ms, {read} read");
+}

@@ -5,7 +5,7 @@ mod support;
 use std::path::Path;
 use std::sync::LazyLock;
 
-use aq_fs::export::{Options, export};
+use aq_fs::export::{Options, Step, export};
 use aq_fs::format::FORMATS;
 use aq_fs::quant::{Granularity, Quality, Real};
 use aq_fs::recipe::{Decision, Request};
@@ -124,7 +124,7 @@ fn an_export_is_what_a_view_shows() {
         let budget = Budget { cache: 1 << 20, chunk: 30_000, ahead: 0 };
         let view = View::open(model, request, budget).expect("a view");
         let out = tempfile::tempdir().expect("a directory");
-        let options = Options { threads: 3, overwrite: false };
+        let options = Options { threads: 3, overwrite: false, step: Step::Whole };
         let summary = export(&view, out.path(), options, &|_, _| {}).expect("exported");
         let mut files = 0;
         for (id, node) in view.tree().nodes().iter().enumerate() {

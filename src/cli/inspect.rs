@@ -6,12 +6,12 @@ use std::path::PathBuf;
 
 use serde_json::{Value, json};
 
-use super::{BudgetArgs, RecipeArgs, bytes};
+use super::{RecipeArgs, bytes};
 use crate::error::{Error, Result};
 use crate::format::Item;
 use crate::recipe::Decision;
 use crate::source::Tensor;
-use crate::view::{Model, View};
+use crate::view::{Budget, Model, View};
 
 /// Arguments of `aq-fs inspect`.
 #[derive(Debug, clap::Args)]
@@ -32,7 +32,7 @@ pub(super) struct InspectArgs {
 }
 
 pub(super) fn run(args: &InspectArgs) -> Result<()> {
-    let view = args.recipe.open(&args.model, BudgetArgs::default().budget())?;
+    let view = args.recipe.open(&args.model, Budget::default())?;
     let text = match (args.json, args.summary) {
         (true, _) => serde_json::to_string_pretty(&as_json(&view)).expect("JSON serializes") + "\n",
         (false, summary) => as_text(&view, !summary),

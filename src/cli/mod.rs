@@ -15,6 +15,7 @@ use clap::{Parser, Subcommand, ValueEnum};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::FORMATS;
 use crate::loader::{self, LOADERS, Loader};
+use crate::memory;
 use crate::quant::{Granularity, Quality, Real, Storage};
 use crate::recipe::{Override, Request, ScaleFormat};
 use crate::view::{Budget, View};
@@ -344,20 +345,17 @@ fn format_names() -> Vec<clap::builder::PossibleValue> {
 #[command(next_help_heading = "Memory")]
 struct BudgetArgs {
     /// Memory for quantized weights that were read once and may be read again: K, M and G are
-    /// powers of 1024
-    #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = size)]
-    cache_size: u64,
-}
-
-impl Default for BudgetArgs {
-    fn default() -> Self {
-        Self { cache_size: Budget::default().cache }
-    }
+    /// powers of 1024; the rest of the program takes at most 64M more [default: 256M, or an eighth
+    /// of what the machine or its control group (cgroup) has, if that is less]
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    cache_size: Option<u64>,
 }
 
 impl BudgetArgs {
     fn budget(&self) -> Budget {
-        Budget { cache: self.cache_size, ..Budget::default() }
+        let budget = Budget::default();
+        let cache = self.cache_size.unwrap_or_else(|| budget.cache.min(memory::limit() / 8));
+        Budget { cache, ..budget }
     }
 }
 

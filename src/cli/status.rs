@@ -102,10 +102,16 @@ fn as_text(mount: &Mount) -> String {
             bytes(stats.source_bytes)
         ),
     );
+    let rates = status.rates;
+    let over = duration(Duration::from_millis(rates.over_ms));
+    let (output, source) = (bytes(rates.output), bytes(rates.source));
+    line("speed", format!("{output}/s from {source}/s of source, in the last {over}"));
+    let asked = stats.cache_hits + stats.cache_misses;
+    let percent = stats.cache_hits as f64 * 100.0 / asked.max(1) as f64;
     line(
         "cache",
         format!(
-            "{} of {}; {} hits, {} misses",
+            "{} of {}; {} hits, {} misses ({percent:.1}% hits)",
             bytes(stats.cache_used),
             bytes(stats.cache_budget),
             stats.cache_hits,
@@ -117,6 +123,9 @@ fn as_text(mount: &Mount) -> String {
     }
     for warning in &status.warnings {
         line("warning", warning.clone());
+    }
+    if let Some(advice) = &status.advice {
+        line("advice", advice.clone());
     }
     out
 }

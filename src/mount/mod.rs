@@ -7,6 +7,7 @@ mod background;
 mod kernel;
 mod places;
 mod preflight;
+mod speed;
 mod status;
 mod table;
 mod unmount;
@@ -15,6 +16,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
@@ -22,6 +24,7 @@ use signal_hook::iterator::{Handle, Signals};
 
 pub use background::{Ready, daemonize, start};
 pub use places::open_log;
+pub use speed::Rates;
 pub use status::{Mount, State, Status, list};
 pub use table::resolve;
 pub use unmount::{Unmounted, mountpoints, unmount};
@@ -30,6 +33,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::{Counters, Session};
 use crate::view::View;
 use kernel::Detached;
+use speed::Speed;
 use table::{Device, Pulse};
 
 /// What the kernel reads ahead of a reader at most, in KiB; its default of 128 keeps too few
@@ -229,10 +233,26 @@ fn end_on_signal(signals: &mut Signals, attached: &Attached) {
 
 /// Raises the kernel's readahead, which takes root, and is only about speed.
 fn raise_read_ahead(device: Device) {
-    let path = format!("/sys/class/bdi/{device}/read_ahead_kb");
+    let path = read_ahead_path(device);
     if let Err(error) = std::fs::write(&path, READ_AHEAD_KIB.to_string()) {
         tracing::debug!("{path}: {error}");
     }
+}
+
+fn read_ahead_path(device: Device) -> String {
+    format!("/sys/class/bdi/{device}/read_ahead_kb")
+}
+
+/// What would make reads faster that this process may not do.
+fn advice(device: Device) -> Option<String> {
+    let path = read_ahead_path(device);
+    let kib: u32 = std::fs::read_to_string(&path).ok()?.trim().parse().ok()?;
+    (kib < READ_AHEAD_KIB).then(|| {
+        format!(
+            "the kernel reads {kib} KiB ahead; reads get faster by: \
+             echo {READ_AHEAD_KIB} | sudo tee {path}"
+        )
+    })
 }
 
 fn describe(view: &View, device: Device, mountpoint: &Path, log: Option<PathBuf>) -> Status {
@@ -257,11 +277,17 @@ fn describe(view: &View, device: Device, mountpoint: &Path, log: Option<PathBuf>
 
 /// `status` with the figures of the moment it is called in.
 fn figures(status: Status, view: Arc<View>, counters: Arc<Counters>) -> impl Fn() -> Status {
-    move || Status {
-        reads: counters.reads(),
-        read_errors: counters.errors(),
-        stats: view.stats(),
-        warnings: status.warnings.iter().cloned().chain(view.spoilt()).collect(),
-        ..status.clone()
+    let speed = Speed::new();
+    move || {
+        let stats = view.stats();
+        Status {
+            reads: counters.reads(),
+            read_errors: counters.errors(),
+            stats,
+            rates: speed.since_asked(Instant::now(), stats.output_bytes, stats.source_bytes),
+            warnings: status.warnings.iter().cloned().chain(view.spoilt()).collect(),
+            advice: advice(status.device),
+            ..status.clone()
+        }
     }
 }

@@ -11,6 +11,7 @@ use rustix::process::Pid;
 use serde::{Deserialize, Serialize};
 
 use super::places;
+use super::speed::Rates;
 use super::table::{self, Device, Entry, Pulse};
 use crate::error::{Error, Result};
 use crate::view::Stats;
@@ -48,6 +49,12 @@ pub struct Status {
     /// What the view has done and holds.
     #[serde(default)]
     pub stats: Stats,
+    /// How fast it was read of late.
+    #[serde(default)]
+    pub rates: Rates,
+    /// What its user can do to make it faster.
+    #[serde(default)]
+    pub advice: Option<String>,
     pub(super) device: Device,
 }
 
@@ -161,6 +168,8 @@ impl Status {
             reads: 0,
             read_errors: 0,
             stats: Stats::default(),
+            rates: Rates::default(),
+            advice: None,
             device,
         }
     }

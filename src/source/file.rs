@@ -148,6 +148,32 @@ impl SourceFiles {
         outcome.map_err(|cause| Error::io(source.name(), cause))
     }
 
+    /// Has the kernel copy a range of the file to the same place in `out`, where it shares blocks if
+    /// the file system can, and returns how many bytes it copied from the range's start on. The rest
+    /// is left to the caller: not every two files can be copied so.
+    ///
+    /// # Errors
+    /// `Stale` where the file is no longer what it was when the checkpoint was opened.
+    pub fn copy_range(
+        &self,
+        source: &Arc<SourceFile>,
+        range: Range<u64>,
+        out: &File,
+    ) -> Result<u64> {
+        let open = self.get(source)?;
+        let (mut from, mut to) = (range.start, range.start);
+        while from < range.end {
+            let len = (range.end - from) as usize;
+            let copied =
+                rustix::fs::copy_file_range(&open.file, Some(&mut from), out, Some(&mut to), len);
+            if matches!(copied, Ok(0) | Err(_)) {
+                break;
+            }
+        }
+        open.verify()?;
+        Ok(from - range.start)
+    }
+
     /// Shows `f` a range of the mapped file and returns what `f` made of it, provided that the
     /// file was still whole afterwards. The range's pages are then given back.
     ///

@@ -6,7 +6,9 @@
 mod ahead;
 mod buffers;
 mod cache;
+mod identity;
 mod model;
+mod portions;
 mod shard;
 mod spoilt;
 mod survey;
@@ -19,7 +21,9 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
+pub use identity::Identity;
 pub use model::Model;
+pub use portions::Portion;
 pub use tree::{Node, NodeId, NodeKind, ROOT, Tree};
 
 use crate::error::{self, Result};
@@ -62,6 +66,8 @@ pub struct View {
     contents: Vec<Content>,
     hidden: Vec<Hidden>,
     warnings: Vec<String>,
+    /// The request, in words.
+    recipe: String,
     shared: Arc<Shared>,
     streams: Streams,
     workers: OnceLock<Workers<Chunk>>,
@@ -176,6 +182,7 @@ impl View {
             contents,
             hidden,
             warnings,
+            recipe: format!("{request:?}"),
             shared: Arc::new(Shared { models, engine }),
             streams: Streams::default(),
             workers: OnceLock::new(),
@@ -205,6 +212,11 @@ impl View {
     /// What the user should know, a line each.
     pub fn warnings(&self) -> &[String] {
         &self.warnings
+    }
+
+    /// What it was opened with.
+    pub fn budget(&self) -> Budget {
+        self.shared.engine.budget
     }
 
     /// The weights that encoding has found to hold a NaN or an infinity so far, a line each.

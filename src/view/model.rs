@@ -248,6 +248,26 @@ impl Model {
         Ok(())
     }
 
+    /// Number of chunks that a weight is cut into.
+    pub(super) fn chunks(&self, weight: usize, chunk_bytes: u64) -> u64 {
+        self.grid(weight, chunk_bytes).chunks()
+    }
+
+    /// Encodes a chunk, which isn't cached, and hands out its bytes in each part, with their offset
+    /// there.
+    pub(super) fn make_chunk(
+        &self,
+        engine: &Engine,
+        weight: usize,
+        chunk: u64,
+        mut put: impl FnMut(usize, u64, &[u8]) -> Result<()>,
+    ) -> Result<()> {
+        let grid = self.grid(weight, engine.budget.chunk);
+        let parts = self.encode(engine, weight, chunk)?;
+        let mut parts = parts.iter().enumerate();
+        parts.try_for_each(|(part, bytes)| put(part, grid.range(part, chunk).start, bytes))
+    }
+
     /// Encodes a chunk into the cache unless it is there.
     pub(super) fn prepare(&self, engine: &Engine, weight: usize, chunk: u64) -> Result<()> {
         engine.cache.prepare(self.key(weight, chunk), || self.encode(engine, weight, chunk))
