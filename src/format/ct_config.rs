@@ -165,15 +165,15 @@ mod tests {
         check(
             &down,
             &["model.layers.0.mlp.up_proj", "model.layers.0.mlp.xdown_proj"],
-            &["layers.0.mlp.down_proj"],
-            80,
+            &["layers.0.mlp.down_proj", "model.language_model.layers.3.mlp.down_proj"],
+            200,
         );
-        check(&down[..1], &down[1..], &["layers.0.mlp.down_proj"], 80);
+        check(&down[..1], &down[1..], &["layers.0.mlp.down_proj"], 200);
         check(
             &["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"],
             &["model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.k_proj"],
             &["model.layers.0.self_attn.qkv_proj"],
-            250,
+            600,
         );
         check(
             &["model.language_model.layers.0.mlp.up_proj"],

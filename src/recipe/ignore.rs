@@ -94,7 +94,11 @@ fn moved(module: &str) -> Vec<String> {
     } else if let Some(rest) = module.strip_prefix("language_model.") {
         vec![rest.to_owned(), format!("model.{module}")]
     } else if let Some(rest) = module.strip_prefix("model.") {
-        vec![rest.to_owned()]
+        vec![
+            rest.to_owned(),
+            format!("model.language_model.{rest}"),
+            format!("language_model.{module}"),
+        ]
     } else {
         vec![format!("model.{module}")]
     }
@@ -315,6 +319,9 @@ mod tests {
     fn a_language_model_is_found_on_either_side_of_model() {
         let names = loader_names("language_model.model.layers.0.mlp.gate");
         assert!(names.contains(&"model.language_model.layers.0.mlp.gate".to_owned()));
+        let names = loader_names("model.layers.0.mlp.gate");
+        assert!(names.contains(&"model.language_model.layers.0.mlp.gate".to_owned()));
+        assert!(names.contains(&"language_model.model.layers.0.mlp.gate".to_owned()));
         let names = loader_names("vit.encoder.layer.0.attention.attention.query");
         assert!(names.contains(&"vit.layers.0.attention.q_proj".to_owned()));
     }
