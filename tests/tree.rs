@@ -118,6 +118,63 @@ fn the_index_is_synthesized_and_its_other_metadata_carried_through() {
 }
 
 #[test]
+fn headers_and_indexes_are_the_same_at_every_offset_and_to_every_reader() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let expert = |i: usize| {
+        let name = |leaf: &str| format!("model.layers.{}.mlp.experts.{i}.{leaf}.weight", i % 7);
+        [("up_proj", [32, 128]), ("down_proj", [128, 32])]
+            .map(|(leaf, shape)| Tensor::weights(&name(leaf), Dtype::BF16, &shape))
+    };
+    let odd = Tensor::weights("a \"name\" with \\ and \u{e9}\n", Dtype::F32, &[3]);
+    let experts = |range: std::ops::Range<usize>| range.flat_map(expert);
+    let shards = [
+        ("model-00001-of-00002.safetensors", experts(0..190).chain([odd]).collect()),
+        ("model-00002-of-00002.safetensors", experts(190..199).collect::<Vec<_>>()),
+    ];
+    support::write_checkpoint(dir.path(), &shards, &json!({ "model_type": "deepseek_v3" }));
+    for format in FORMATS {
+        let request = Request { format: format.name().to_owned(), ..Request::default() };
+        let open = || View::open(dir.path(), &request, Budget::default()).expect("a view");
+        let view = open();
+        let mut names = Vec::new();
+        for file in ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"] {
+            let shown = read(&view, file);
+            let tensors = safetensors::SafeTensors::deserialize(&shown).expect("a shard");
+            names.extend(tensors.names().into_iter().map(|name| (name.to_owned(), file)));
+        }
+        names.sort();
+        let index = read(&view, "model.safetensors.index.json");
+        let parsed: Value = serde_json::from_slice(&index).expect("JSON");
+        let listed = parsed["weight_map"].as_object().expect("a map").iter();
+        let listed = listed.map(|(name, file)| (name.clone(), file.as_str().expect("a name")));
+        let mut listed: Vec<_> = listed.collect();
+        listed.sort();
+        assert_eq!(listed, names, "{}", format.name());
+        // Another view, so that the readers are the first.
+        let view = open();
+        std::thread::scope(|scope| {
+            for step in [97, 1000, 4096, 70_001] {
+                for (path, limit) in
+                    [(shards[0].0, 60_000), ("model.safetensors.index.json", index.len())]
+                {
+                    let (view, whole) = (&view, read(&open(), path));
+                    scope.spawn(move || {
+                        let file = view.tree().lookup(aq_fs::view::ROOT, path.as_ref());
+                        let file = file.expect("shown");
+                        for start in (0..limit.min(whole.len())).step_by(step) {
+                            let expected = &whole[start..whole.len().min(start + step)];
+                            let mut found = vec![0; expected.len()];
+                            view.read_at(file, start as u64, &mut found).expect("readable");
+                            assert!(found == expected, "{path}: {step} bytes from {start}");
+                        }
+                    });
+                }
+            }
+        });
+    }
+}
+
+#[test]
 fn a_config_changes_by_one_member_and_names_every_kept_linear() {
     let dir = tempfile::tempdir().expect("a directory");
     support::llama(dir.path());

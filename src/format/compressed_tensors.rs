@@ -155,8 +155,8 @@ fn plan(
         };
         plan.encode(id, Scheme::Int(int), parts);
         if int.packing == Packing::Packed32 {
-            let bytes: Vec<u8> = tensor.shape.iter().flat_map(|dim| dim.to_le_bytes()).collect();
-            plan.inline(id, "weight_shape", (Dtype::I64, &[2]), bytes);
+            let shape = [tensor.shape[0], tensor.shape[1]].map(u64::to_le_bytes);
+            plan.inline(id, "weight_shape", (Dtype::I64, &[2]), shape.as_flattened());
         }
     }
     let base = Scheme::Int(scheme(request));
@@ -175,8 +175,9 @@ fn experts_scheme(catalog: &Catalog, scheme: IntScheme) -> IntScheme {
     let packed = IntScheme { symmetric: true, packing: Packing::Packed32, ..scheme };
     let fits = catalog.tensors().iter().all(|tensor| {
         let Some(module) = tensor.name.strip_suffix(".weight") else { return true };
-        let is_matrix = tensor.shape.len() == 2 && is_expert(module);
-        !is_matrix || Scheme::Int(packed).accepts(tensor.dtype, &tensor.shape).is_ok()
+        tensor.shape.len() != 2
+            || Scheme::Int(packed).accepts(tensor.dtype, &tensor.shape).is_ok()
+            || !is_expert(module)
     });
     if fits { packed } else { IntScheme { granularity: Granularity::Channel, ..packed } }
 }

@@ -18,6 +18,7 @@ mod takes;
 
 use std::borrow::Cow;
 use std::fmt::Debug;
+use std::sync::Arc;
 
 use serde_json::{Map, Value};
 
@@ -122,7 +123,12 @@ pub struct Plan {
     pub nested: Vec<(String, Edit)>,
     /// The `format` of every shard's metadata.
     pub framework: &'static str,
+    /// Metadata that the next weights may have too.
+    inlines: Vec<Arc<Inline>>,
 }
+
+/// Metadata that is remembered to be shared; a layer has weights of few shapes.
+const INLINES: usize = 16;
 
 /// A change of a JSON object.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -201,14 +207,7 @@ pub enum Content {
     /// Straight from the source tensor.
     Source,
     /// Small metadata, here.
-    Inline {
-        /// Its element type.
-        dtype: Dtype,
-        /// Its shape.
-        shape: Box<[u64]>,
-        /// Its bytes.
-        bytes: Box<[u8]>,
-    },
+    Inline(Arc<Inline>),
     /// A part of an encoded weight.
     Part {
         /// Position in [`Plan::weights`].
@@ -230,6 +229,17 @@ pub enum Content {
     },
 }
 
+/// Small metadata. Weights that are alike share theirs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Inline {
+    /// Its element type.
+    pub dtype: Dtype,
+    /// Its shape.
+    pub shape: Box<[u64]>,
+    /// Its bytes.
+    pub bytes: Box<[u8]>,
+}
+
 impl Plan {
     /// A plan with nothing in it yet.
     fn new(assignment: Assignment, tensors: usize) -> Self {
@@ -242,6 +252,7 @@ impl Plan {
             config: Map::new(),
             nested: Vec::new(),
             framework: "pt",
+            inlines: Vec::new(),
         }
     }
 
@@ -316,9 +327,19 @@ impl Plan {
         id: TensorId,
         suffix: &'static str,
         (dtype, shape): (Dtype, &[u64]),
-        bytes: impl Into<Box<[u8]>>,
+        bytes: impl AsRef<[u8]>,
     ) {
-        let content = Content::Inline { dtype, shape: shape.into(), bytes: bytes.into() };
+        let bytes = bytes.as_ref();
+        let is_alike = |known: &&Arc<Inline>| {
+            *known.bytes == *bytes && *known.shape == *shape && known.dtype == dtype
+        };
+        let inline = self.inlines.iter().find(is_alike).cloned().unwrap_or_else(|| {
+            let inline = Arc::new(Inline { dtype, shape: shape.into(), bytes: bytes.into() });
+            self.inlines.truncate(INLINES - 1);
+            self.inlines.push(inline.clone());
+            inline
+        });
+        let content = Content::Inline(inline);
         self.items.push(Item { tensor: id, suffix: Some(suffix), content });
     }
 
@@ -333,16 +354,25 @@ impl Plan {
         }
     }
 
-    /// The name of an item.
-    pub fn name<'a>(&self, catalog: &'a Catalog, item: &Item) -> Cow<'a, str> {
+    /// The name of an item, the suffix with the dot before it apart.
+    pub fn name_parts<'a>(
+        &'a self,
+        catalog: &'a Catalog,
+        item: &Item,
+    ) -> (&'a str, Option<&'static str>) {
         let name = catalog[item.tensor].name.as_str();
-        let module = match item.content {
-            Content::Stacked { stack, .. } => &self.stacks[stack].module,
-            _ => module_of(name),
-        };
-        match item.suffix {
-            None => name.into(),
-            Some(suffix) => format!("{module}.{suffix}").into(),
+        match (item.suffix, &item.content) {
+            (None, _) => (name, None),
+            (suffix, Content::Stacked { stack, .. }) => (&self.stacks[*stack].module, suffix),
+            (suffix, _) => (module_of(name), suffix),
+        }
+    }
+
+    /// The name of an item.
+    pub fn name<'a>(&'a self, catalog: &'a Catalog, item: &Item) -> Cow<'a, str> {
+        match self.name_parts(catalog, item) {
+            (name, None) => name.into(),
+            (module, Some(suffix)) => format!("{module}.{suffix}").into(),
         }
     }
 
@@ -351,7 +381,7 @@ impl Plan {
         let tensor = &catalog[item.tensor];
         match &item.content {
             Content::Source => (tensor.dtype, tensor.shape.as_slice().into()),
-            Content::Inline { dtype, shape, .. } => (*dtype, (&**shape).into()),
+            Content::Inline(inline) => (inline.dtype, (&*inline.shape).into()),
             Content::Part { weight, part } => {
                 let part = self.weights[*weight].parts(tensor).swap_remove(*part);
                 (part.dtype, part.shape.into())

@@ -67,6 +67,11 @@ impl AffineScheme {
         let parts = self.parts(dtype, &[tile.rows as u64, tile.cols as u64]);
         assert_lengths(&parts, out.iter().map(|out| out.len()));
         let [codes, scales, biases] = out else { unreachable!("three parts") };
+        // Groups are too short for the widest vectors, but for a search.
+        let isa = match self.quality {
+            Quality::Reference => isa.at_most_256_bits(),
+            Quality::Search => isa,
+        };
         for_element!(dtype, E => isa.run(Encode::<E> {
             scheme: self,
             source: E::split(tile.data.bytes()),
@@ -114,18 +119,15 @@ pub(super) struct Line {
 /// The scale and bias that MLX chooses for codes up to `high`, before they are rounded.
 #[inline(always)]
 pub(super) fn fit(high: f32, Extremes { min, max }: Extremes) -> Line {
-    if !(max - min).is_finite() {
-        return Line { scale: NAN, bias: NAN };
-    }
+    let is_finite = (max - min).is_finite();
     let step = (max - min) / high;
     let step = if step > 1e-7 { step } else { 1e-7 };
     let (edge, step) = if min.abs() > max.abs() { (min, step) } else { (max, -step) };
     let codes = (edge / step).round_ties_even();
-    if codes == 0.0 {
-        Line { scale: step, bias: 0.0 }
-    } else {
-        Line { scale: edge / codes, bias: edge }
-    }
+    let scale = if codes == 0.0 { step } else { edge / codes };
+    let bias = if codes == 0.0 { 0.0 } else { edge };
+    // By selection, for the compiler to do many groups at a time.
+    Line { scale: if is_finite { scale } else { NAN }, bias: if is_finite { bias } else { NAN } }
 }
 
 /// `x` within 0 and `high`, as the nearest integer, ties to even.
@@ -156,6 +158,8 @@ impl<E: Element> Kernel for Encode<'_, E> {
         let group = group_size as usize;
         let groups = self.cols / group;
         let mut row_codes = vec![0; self.cols];
+        let mut row_ranges = vec![Extremes { min: 0.0, max: 0.0 }; groups];
+        let mut row_lines = vec![Line { scale: 0.0, bias: 0.0 }; groups];
         let mut search = match quality {
             Quality::Reference => None,
             Quality::Search => Some(Search::new(bits, group)),
@@ -165,12 +169,26 @@ impl<E: Element> Kernel for Encode<'_, E> {
         let biases = self.biases.chunks_exact_mut(groups * E::SIZE);
         for (r, ((codes, scales), biases)) in rows.zip(scales).zip(biases).enumerate() {
             let row = &self.source[r * self.stride..][..self.cols];
-            for (g, group) in row.chunks_exact(group).enumerate() {
-                let out = &mut row_codes[g * group.len()..][..group.len()];
-                let line = match &mut search {
-                    None => encode_group::<E>(high, group, out),
-                    Some(search) => search.encode_group::<E>(group, out),
-                };
+            let parts = row.chunks_exact(group).zip(row_codes.chunks_exact_mut(group));
+            match &mut search {
+                Some(search) => {
+                    for ((group, out), line) in parts.zip(&mut row_lines) {
+                        *line = search.encode_group::<E>(group, out);
+                    }
+                }
+                None => {
+                    for (group, range) in row.chunks_exact(group).zip(&mut row_ranges) {
+                        *range = E::range(group);
+                    }
+                    for (line, range) in row_lines.iter_mut().zip(&row_ranges) {
+                        *line = fit(high, *range);
+                    }
+                    for ((group, out), line) in parts.zip(&row_lines) {
+                        encode_with::<E>(high, *line, group, out);
+                    }
+                }
+            }
+            for (g, line) in row_lines.iter().enumerate() {
                 E::store(E::round(line.scale), &mut scales[g * E::SIZE..]);
                 E::store(E::round(line.bias), &mut biases[g * E::SIZE..]);
             }
@@ -183,7 +201,18 @@ impl<E: Element> Kernel for Encode<'_, E> {
 #[inline(always)]
 pub(super) fn encode_group<E: Element>(high: f32, group: &[E::Raw], out: &mut [u8]) -> Line {
     let line = fit(high, E::range(group));
-    let Line { scale, bias } = line;
+    encode_with::<E>(high, line, group, out);
+    line
+}
+
+/// Codes of a group, as MLX computes them.
+#[inline(always)]
+fn encode_with<E: Element>(
+    high: f32,
+    Line { scale, bias }: Line,
+    group: &[E::Raw],
+    out: &mut [u8],
+) {
     if MODERATE.contains(&scale.abs()) {
         for (&raw, out) in group.iter().zip(out) {
             *out = code((E::widen(raw) - bias) / scale, high);
@@ -194,5 +223,4 @@ pub(super) fn encode_group<E: Element>(high: f32, group: &[E::Raw], out: &mut [u
             *out = if x.is_nan() { 0 } else { code(x, high) };
         }
     }
-    line
 }

@@ -143,6 +143,32 @@ impl MicroScheme {
         }
     }
 
+    /// The scales' codes for groups of those largest magnitudes.
+    #[inline(always)]
+    fn scales<E: Element>(&self, magnitudes: &[f32], scales: &mut [u8]) {
+        // A dialect that is known makes each a loop without branches.
+        for dialect in
+            [MicroDialect::CompressedTensors, MicroDialect::MlxPower, MicroDialect::MlxE4m3]
+        {
+            if self.dialect == dialect {
+                let scheme = Self { dialect, ..*self };
+                for (scale, magnitude) in scales.iter_mut().zip(magnitudes) {
+                    *scale = scheme.scale::<E>(*magnitude);
+                }
+            }
+        }
+    }
+
+    /// The scales' values.
+    #[inline(always)]
+    fn values(&self, scales: &[u8], values: &mut [f32]) {
+        let pairs = values.iter_mut().zip(scales);
+        match self.dialect {
+            MicroDialect::MlxE4m3 => pairs.for_each(|(value, code)| *value = e4m3_value(*code)),
+            _ => pairs.for_each(|(value, code)| *value = e8m0_value(*code)),
+        }
+    }
+
     /// The scale's code for a group of that largest magnitude.
     #[inline(always)]
     fn scale<E: Element>(&self, magnitude: f32) -> u8 {
@@ -205,6 +231,10 @@ impl<E: Element> Encode<'_, E> {
         let mut row_codes = vec![0; self.cols];
         // A group is too short for a loop of its own, so its scale is spread over its elements.
         let mut spread = vec![0.0; self.cols];
+        let groups_of_row = self.cols / GROUP;
+        let mut magnitudes = vec![0.0; groups_of_row];
+        let mut values = vec![0.0; groups_of_row];
+        let mut factors = vec![0.0; groups_of_row];
         let rows = self.codes.chunks_exact_mut(self.cols * usize::from(bits) / 8);
         let scales = self.scales.chunks_exact_mut(self.cols / GROUP);
         for (r, (codes, scales)) in rows.zip(scales).enumerate() {
@@ -213,20 +243,30 @@ impl<E: Element> Encode<'_, E> {
             // Of a length unknown to the compiler, or it would unroll a loop rather than make a
             // vector of it.
             let group = scheme.group_size() as usize;
-            for (group, scale) in row.chunks_exact(group).zip(scales.iter_mut()) {
-                *scale = scheme.scale::<E>(E::magnitude(group));
+            for (group, magnitude) in row.chunks_exact(group).zip(&mut magnitudes) {
+                *magnitude = E::magnitude(group);
             }
+            scheme.scales::<E>(&magnitudes, scales);
             if searched {
                 for (group, scale) in groups.iter().zip(scales.iter_mut()) {
                     *scale = search::<E, GROUP>(&scheme, group, *scale);
                 }
             }
+            scheme.values(scales, &mut values);
             let mut all_moderate = true;
-            for (spread, scale) in spread.as_chunks_mut::<GROUP>().0.iter_mut().zip(&*scales) {
-                let scale = scheme.scale_value(*scale);
-                all_moderate &= is_moderate(scale);
-                let is_divisor = scheme.dialect == MicroDialect::MlxE4m3;
-                spread.fill(if is_divisor { scale } else { 1.0 / scale });
+            for value in &values {
+                all_moderate &= is_moderate(*value);
+            }
+            for (factor, value) in factors.iter_mut().zip(&values) {
+                let reciprocal = 1.0 / value;
+                *factor = match scheme.dialect {
+                    MicroDialect::MlxE4m3 if E::SIZE == 4 => *value,
+                    MicroDialect::MlxE4m3 => reciprocal * SHORT,
+                    _ => reciprocal,
+                };
+            }
+            for (spread, factor) in spread.as_chunks_mut::<GROUP>().0.iter_mut().zip(&factors) {
+                spread.fill(*factor);
             }
             encode_row::<E>(&scheme, row, &spread, &mut row_codes);
             if !all_moderate {
@@ -249,8 +289,14 @@ fn is_moderate(scale: f32) -> bool {
     (f32::from_bits(27 << 23)..=1.0).contains(&scale)
 }
 
-/// Codes of a row with moderate scales, given for each element: one over it if it is a power of two,
-/// for then the product is exact, in any element type.
+/// A little less than 1. What is next to a tie between two E2M1 codes, of a quotient of two 16-bit
+/// elements' significands, is farther from it than a part in 2^12. So a product with one over the
+/// scale that falls short by a part in 2^20 has the quotient's code, and ties have the smaller one.
+const SHORT: f32 = 1.0 - 1.0 / 1_048_576.0;
+
+/// Codes of a row with moderate scales. Given for each element is one over its scale, for with a
+/// power of two the product is exact in any element type; of an E4M3 scale and 32 bits the scale
+/// itself.
 #[inline(always)]
 fn encode_row<E: Element>(scheme: &MicroScheme, row: &[E::Raw], spread: &[f32], out: &mut [u8]) {
     match (scheme.float, scheme.dialect) {
@@ -261,8 +307,11 @@ fn encode_row<E: Element>(scheme: &MicroScheme, row: &[E::Raw], spread: &[f32], 
         (_, MicroDialect::MlxPower) => {
             write::<E>(row, spread, out, |x, r| e2m1_down_code(x * r));
         }
-        (_, MicroDialect::MlxE4m3) => {
+        (_, MicroDialect::MlxE4m3) if E::SIZE == 4 => {
             write::<E>(row, spread, out, |x, scale| e2m1_down_code(x / scale));
+        }
+        (_, MicroDialect::MlxE4m3) => {
+            write::<E>(row, spread, out, |x, r| e2m1_down_code(x * r));
         }
     }
 }
@@ -310,7 +359,7 @@ fn e4m3_code(x: f32) -> u8 {
 #[inline(always)]
 fn e2m1_code(x: f32) -> u8 {
     let sign = if x < 0.0 { 8 } else { 0 };
-    e2m1(within(x.abs(), E2M1_MAX)) | sign
+    e2m1(x.abs()) | sign
 }
 
 #[inline(always)]
@@ -377,4 +426,23 @@ fn error<const GROUP: usize>(x: &[f32; GROUP], scale: f32) -> f32 {
         width /= 2;
     }
     lanes[0] * scale * scale
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_short_product_has_the_code_of_the_quotient() {
+        for scale in (1..E4M3_NAN).map(e4m3_value) {
+            let short = (1.0 / scale) * SHORT;
+            // Every significand of F16, and so of BF16, at quotients up to 8.
+            for bits in 0..0x4800u32 {
+                let x = f32::from_bits((bits << 13) + (112 << 23)) * scale;
+                let x = f32::from_bits(x.to_bits() & 0xffff_e000);
+                assert_eq!(e2m1_down_code(x * short), e2m1_down_code(x / scale), "{x} / {scale}");
+                assert_eq!(e2m1_down_code(-x * short), e2m1_down_code(-x / scale));
+            }
+        }
+    }
 }

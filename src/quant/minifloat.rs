@@ -51,10 +51,21 @@ pub(super) fn e4m3_value(code: u8) -> f32 {
     if code & 0x80 == 0 { magnitude } else { -magnitude }
 }
 
-/// The E2M1 code nearest to a magnitude of at most 6, ties to even codes.
+/// The E2M1 code nearest to a magnitude, ties to even codes; what is beyond 6 becomes 6.
 #[inline(always)]
 pub(super) fn e2m1(a: f32) -> u8 {
-    nearest::<1, 0>(a).0 as u8
+    let odd = a.to_bits() >> 22 & 1;
+    e2m1_code(a, a.to_bits() + 0x1f_ffff + odd, a >= 0.75)
+}
+
+/// The E2M1 code of a magnitude, given its bits plus about half of a step between codes, and whether
+/// it is nearer to 1 than to a half.
+#[inline(always)]
+fn e2m1_code(a: f32, raised: u32, near_one: bool) -> u8 {
+    // From 1 on, codes are the bits that a float begins with.
+    let above = (raised >> 22).wrapping_sub(252).cast_signed();
+    let below = i32::from(a > 0.25) + i32::from(near_one);
+    above.max(below).min(7) as u8
 }
 
 /// The E2M1 magnitude nearest to one of at most 6, ties to even codes.
@@ -69,15 +80,10 @@ pub(super) fn within(magnitude: f32, largest: f32) -> f32 {
     if magnitude > largest { largest } else { magnitude }
 }
 
-/// The E2M1 code nearest to a magnitude, ties to the smaller one.
+/// The E2M1 code nearest to a magnitude, ties to the smaller one; what is beyond 6 becomes 6.
 #[inline(always)]
 pub(super) fn e2m1_down(a: f32) -> u8 {
-    let (code, rounded) = nearest::<1, 0>(within(a, E2M1_MAX));
-    // What was half a spacing below the even code that it became.
-    let exponent = a.to_bits() & 0x7f80_0000;
-    let exponent = if exponent > 127 << 23 { exponent } else { 127 << 23 };
-    let tie = rounded - a == f32::from_bits(exponent - (2 << 23));
-    (if tie { code.wrapping_sub(1) } else { code }) as u8
+    e2m1_code(a, a.to_bits() + 0x1f_ffff, a > 0.75)
 }
 
 /// The value of an E2M1 code of four bits.

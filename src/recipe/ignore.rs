@@ -11,6 +11,7 @@ use std::collections::HashSet;
 
 use super::linear::{Kind, Reason};
 use super::{stack_of, vocabulary};
+use crate::threads;
 
 /// One module whose weight is kept though the loader may have a Linear there.
 #[derive(Clone, Copy, Debug)]
@@ -24,11 +25,10 @@ pub(super) struct KeptModule<'a> {
 /// The entries of `quantization_config.ignore`: names in the order of `kept`, then more patterns, which
 /// begin with `re:`. Of a mixture's experts all are kept or none. `quantized` are the names of all quantized modules.
 pub(super) fn ignore(kept: &[KeptModule<'_>], quantized: &[&str]) -> Vec<String> {
-    let taken: HashSet<&str> = quantized.iter().copied().collect();
     let mut seen = HashSet::new();
     let mut list = Vec::new();
     let mut add = |name: String| {
-        if !taken.contains(name.as_str()) && seen.insert(name.clone()) {
+        if seen.insert(name.clone()) {
             list.push(name);
         }
     };
@@ -53,12 +53,24 @@ pub(super) fn ignore(kept: &[KeptModule<'_>], quantized: &[&str]) -> Vec<String>
     // A tied head has no tensor.
     add("lm_head".to_owned());
     // Nets look at the path before the first number or at the last components, which repeat.
-    let blocks: HashSet<&str> = quantized.iter().map(|m| vocabulary::before_number(m)).collect();
-    let tails: HashSet<&str> = quantized.iter().map(|module| tail(module)).collect();
+    let (mut taken, mut blocks, mut tails) = (HashSet::new(), HashSet::new(), HashSet::new());
+    let gathered = threads::map_ranges(quantized.len(), |range| {
+        let modules = &quantized[range];
+        let taken = modules.iter().copied().filter(|module| seen.contains(*module));
+        let blocks = modules.iter().map(|module| vocabulary::before_number(module));
+        let tails = modules.iter().map(|module| tail(module));
+        [taken.collect(), blocks.collect(), tails.collect::<HashSet<&str>>()]
+    });
+    for [more_taken, more_blocks, more_tails] in gathered {
+        taken.extend(more_taken);
+        blocks.extend(more_blocks);
+        tails.extend(more_tails);
+    }
+    list.retain(|name| !taken.contains(name.as_str()));
     for net in Net::ALL {
         let looked_at = if matches!(net, Net::Parts) { &blocks } else { &tails };
         if net.is_wanted(kept) && !looked_at.iter().any(|module| net.matches(module)) {
-            add(net.pattern());
+            list.push(net.pattern());
         }
     }
     list

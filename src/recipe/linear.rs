@@ -16,6 +16,7 @@ use super::vocabulary::{
     is_projection, is_rearranged, is_router, is_table, is_token_table, is_vocabulary, is_within,
     part_named, split_last,
 };
+use crate::threads;
 
 /// Why a tensor is kept as it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -125,8 +126,11 @@ pub(super) struct Entry<'a> {
 /// `config.json`, where there is one.
 pub(super) fn classify(tensors: &[Entry<'_>], config: Option<&Value>) -> Vec<Kind> {
     let evidence = Evidence::gather(tensors, config);
-    let mut memo = Memo::default();
-    tensors.iter().map(|tensor| evidence.kind(tensor, &mut memo)).collect()
+    let kinds = threads::map_ranges(tensors.len(), |range| {
+        let mut memo = Memo::default();
+        tensors[range].iter().map(|tensor| evidence.kind(tensor, &mut memo)).collect::<Vec<_>>()
+    });
+    kinds.concat()
 }
 
 /// Answers that many tensors share.
@@ -139,6 +143,7 @@ struct Memo<'a> {
 }
 
 /// What the whole catalog and the config say, gathered before any tensor is judged.
+#[derive(Default)]
 struct Evidence<'a> {
     /// Length of every bias of rank 1, by module.
     biases: HashMap<&'a str, u64>,
@@ -162,22 +167,21 @@ struct Evidence<'a> {
 
 impl<'a> Evidence<'a> {
     fn gather(tensors: &[Entry<'a>], config: Option<&'a Value>) -> Self {
-        let mut evidence = Self {
-            biases: HashMap::new(),
-            fused_attention: HashSet::new(),
-            conv1d: false,
-            mixtures: HashSet::new(),
-            token_tables: Vec::new(),
-            language_parents: HashSet::new(),
-            contrastive: false,
-            model_types: Vec::new(),
-            vocabularies: Vec::new(),
-        };
+        let mut evidence = Self::default();
         if let Some(config) = config {
             evidence.read_config(config);
         }
-        for tensor in tensors {
-            evidence.note(tensor);
+        for noted in threads::map_ranges(tensors.len(), |range| {
+            let mut noted = Self::default();
+            tensors[range].iter().for_each(|tensor| noted.note(tensor));
+            noted
+        }) {
+            evidence.biases.extend(noted.biases);
+            evidence.fused_attention.extend(noted.fused_attention);
+            evidence.mixtures.extend(noted.mixtures);
+            evidence.token_tables.extend(noted.token_tables);
+            evidence.language_parents.extend(noted.language_parents);
+            evidence.contrastive |= noted.contrastive;
         }
         evidence.conv1d = evidence.model_types.iter().any(|kind| CONV1D_TYPES.contains(kind))
             || tensors.iter().any(|tensor| evidence.is_transposed(tensor));
@@ -234,6 +238,7 @@ impl<'a> Evidence<'a> {
         let [rows, columns] = *tensor.shape else { return false };
         let Some(module) = tensor.name.strip_suffix(".weight") else { return false };
         rows != columns
+            && !self.biases.is_empty()
             && CONV1D_NAMES.contains(&split_last(module).1)
             && self.biases.get(module) == Some(&columns)
     }

@@ -16,6 +16,7 @@ use crate::dtype::Dtype;
 use crate::error::{self, Result};
 use crate::quant::{Granularity, Quality, Real, Scheme, Storage};
 use crate::source::{Catalog, Tensor, TensorId};
+use crate::threads;
 use ignore::KeptModule;
 use linear::{Kind, Reason};
 pub use overrides::{Joined, Override, Setting, stack_of};
@@ -214,13 +215,14 @@ impl Assignment {
             .collect();
         let kinds = linear::classify(&entries, config);
         let (choices, mut warnings) = overrides::choose(catalog, &kinds, request, offer.joined)?;
-        let judge = |((tensor, kind), choice): ((&Tensor, &Kind), Option<usize>)| {
-            let (set, schemes) = match choice {
+        let judge = |id: TensorId| {
+            let tensor = &catalog[id];
+            let (set, schemes) = match choices.get(id).copied().flatten() {
                 Some(choice) => (Some(&request.set[choice]), offer.overrides.get(choice)),
                 None => (None, None),
             };
             let schemes = schemes.copied().flatten().unwrap_or(offer.schemes);
-            let decision = decide(tensor, *kind, &skip, &only, set, schemes, ends);
+            let decision = decide(tensor, kinds[id], &skip, &only, set, schemes, ends);
             match (offer.spared, decision) {
                 (Some((leaf, reason)), Decision::Quantize(_))
                     if module_of(&tensor.name).ends_with(leaf) =>
@@ -230,8 +232,9 @@ impl Assignment {
                 (_, decision) => decision,
             }
         };
-        let mut decisions: Vec<Decision> =
-            catalog.tensors().iter().zip(&kinds).zip(choices).map(judge).collect();
+        let decided =
+            threads::map_ranges(kinds.len(), |range| range.map(judge).collect::<Vec<_>>());
+        let mut decisions: Vec<Decision> = decided.into_iter().flatten().collect();
         keep_together(catalog, offer.joined, &mut decisions);
         let modules = || catalog.tensors().iter().map(|tensor| module_of(&tensor.name));
         for (flag, patterns) in [("--skip", &skip), ("--only", &only)] {
@@ -246,7 +249,7 @@ impl Assignment {
         }
         let expert = |wanted: &dyn Fn(&Decision) -> bool| {
             catalog.tensors().iter().zip(&kinds).zip(&decisions).any(|((t, kind), d)| {
-                *kind == Kind::Linear && is_expert(module_of(&t.name)) && wanted(d)
+                *kind == Kind::Linear && wanted(d) && is_expert(module_of(&t.name))
             })
         };
         let is_quantized = |decision: &Decision| matches!(decision, Decision::Quantize(_));
@@ -312,11 +315,12 @@ pub fn names_in_loaders(module: &str) -> Vec<String> {
 
 /// Whether the module belongs to one of several experts that are stored one by one.
 pub fn is_expert(module: &str) -> bool {
-    module.split_once("experts.").is_some_and(|(parent, rest)| {
-        let expert = rest.split('.').next().unwrap_or(rest);
-        (parent.is_empty() || parent.ends_with('.'))
-            && !expert.is_empty()
-            && expert.bytes().all(|byte| byte.is_ascii_digit())
+    let mut expert = "";
+    module.rsplit('.').any(|component| {
+        let below = std::mem::replace(&mut expert, component);
+        component == "experts"
+            && !below.is_empty()
+            && below.bytes().all(|byte| byte.is_ascii_digit())
     })
 }
 
@@ -410,25 +414,25 @@ fn keep_groups<'a>(
     decisions: &mut [Decision],
     group_of: impl Fn(&'a str) -> Option<(&'a str, &'a str)>,
 ) {
-    let mut groups: HashMap<(&str, &str), Vec<TensorId>> = HashMap::new();
-    for (id, tensor) in catalog.tensors().iter().enumerate() {
-        let Some(module) = tensor.name.strip_suffix(".weight") else { continue };
-        if let Some(group) = group_of(module) {
-            groups.entry(group).or_default().push(id);
+    let group = |id: TensorId| group_of(catalog[id].name.strip_suffix(".weight")?);
+    let mut kept = HashMap::new();
+    for (id, decision) in decisions.iter().enumerate() {
+        if let Decision::Keep { reason, .. } = decision
+            && let Some(group) = group(id)
+        {
+            kept.entry(group).or_insert_with(|| (id, reason.clone()));
         }
     }
-    for ids in groups.into_values() {
-        let kept = ids.iter().find_map(|id| match &decisions[*id] {
-            Decision::Keep { reason, .. } => Some((*id, reason.clone())),
-            Decision::Quantize(_) => None,
-        });
-        let Some((kept, reason)) = kept else { continue };
-        let leaf = module_of(&catalog[kept].name).rsplit('.').next().unwrap_or_default();
-        for id in ids {
-            if matches!(decisions[id], Decision::Quantize(_)) {
-                let reason = format!("fused with {leaf}, which is kept: {reason}").into();
-                decisions[id] = Decision::Keep { reason, linear: true };
-            }
+    if kept.is_empty() {
+        return;
+    }
+    for (id, decision) in decisions.iter_mut().enumerate() {
+        if matches!(decision, Decision::Quantize(_))
+            && let Some((kept, reason)) = group(id).and_then(|group| kept.get(&group))
+        {
+            let leaf = module_of(&catalog[*kept].name).rsplit('.').next().unwrap_or_default();
+            let reason = format!("fused with {leaf}, which is kept: {reason}").into();
+            *decision = Decision::Keep { reason, linear: true };
         }
     }
 }
@@ -447,4 +451,26 @@ fn ignored(catalog: &Catalog, kinds: &[Kind], decisions: &[Decision]) -> Vec<Str
         }
     }
     ignore::ignore(&kept, &quantized)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_expert_has_a_number_below_a_module_named_experts() {
+        #[track_caller]
+        fn check(module: &str, expected: bool) {
+            assert_eq!(is_expert(module), expected, "{module}");
+        }
+        check("model.layers.3.mlp.experts.17.up_proj", true);
+        check("experts.0", true);
+        check("model.shared_experts.1.experts.2.up_proj", true);
+        check("model.layers.3.mlp.shared_experts.up_proj", false);
+        check("model.layers.3.mlp.shared_experts.0.up_proj", false);
+        check("model.layers.3.mlp.experts.gate_up_proj", false);
+        check("model.layers.3.mlp.experts", false);
+        check("model.layers.3.mlp.experts.1a.up_proj", false);
+        check("experts..up_proj", false);
+    }
 }

@@ -102,12 +102,21 @@ impl Joined {
 /// The mixture of an expert that is stored on its own, and what of an expert the module is:
 /// `model.layers.0.mlp.experts` and `gate_proj`.
 pub fn stack_of(module: &str) -> Option<(&str, &str)> {
-    let (mixture, rest) = module.split_once("experts.")?;
-    let (_, projection) = rest.split_once('.')?;
-    is_expert(module).then(|| (&module[..mixture.len() + "experts".len()], projection))
+    let mut rest = module;
+    while let Some((above, component)) = rest.rsplit_once('.') {
+        let is_experts = above == "experts" || above.ends_with(".experts");
+        if is_experts
+            && component.bytes().all(|byte| byte.is_ascii_digit())
+            && !component.is_empty()
+        {
+            return Some((above, module.get(rest.len() + 1..)?));
+        }
+        rest = above;
+    }
+    None
 }
 
-/// The position in `request.set` of what each tensor is set to, if it is; and what the user should
+/// The position in `request.set` of what each tensor is set to, if it is, none of none; and what the user should
 /// know.
 pub(super) fn choose(
     catalog: &Catalog,
@@ -116,7 +125,7 @@ pub(super) fn choose(
     joined: Joined,
 ) -> Result<(Vec<Option<usize>>, Vec<String>)> {
     if request.set.is_empty() {
-        return Ok((vec![None; kinds.len()], Vec::new()));
+        return Ok((Vec::new(), Vec::new()));
     }
     let texts: Vec<String> = request.set.iter().map(|set| set.pattern.clone()).collect();
     let patterns = Patterns::new("--set", &texts)?;

@@ -2,6 +2,7 @@
 
 use serde_json::Value;
 
+use super::module_of;
 use crate::dtype::Dtype;
 use crate::error::{self, Result};
 use crate::source::{Catalog, Tensor};
@@ -70,7 +71,7 @@ fn is_quantized(tensor: &Tensor) -> bool {
     );
     codes
         || ENDINGS.iter().any(|ending| tensor.name.ends_with(ending))
-        || tensor.name.contains(".weight.quant_state.")
+        || module_of(&tensor.name).ends_with(".weight.quant_state")
 }
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
 //! The header of one safetensors file, parsed strictly.
 
+use std::collections::HashSet;
 use std::fmt;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -269,9 +270,14 @@ impl<'de> Deserialize<'de> for Pairs {
     }
 }
 
-/// The first name, in sorted order, that occurs more than once.
-pub(super) fn first_duplicate<'a>(names: impl Iterator<Item = &'a str>) -> Option<&'a str> {
-    let mut names: Vec<&str> = names.collect();
-    names.sort_unstable();
-    names.windows(2).find(|pair| pair[0] == pair[1]).map(|pair| pair[0])
+/// The first name that stands there again.
+pub(super) fn first_duplicate<'a>(
+    mut names: impl ExactSizeIterator<Item = &'a str> + Clone,
+) -> Option<&'a str> {
+    // Most lists are sorted, which takes less to see.
+    if names.clone().is_sorted_by(|a, b| a < b) {
+        return None;
+    }
+    let mut seen = HashSet::with_capacity(names.len());
+    names.find(|name| !seen.insert(*name))
 }

@@ -44,6 +44,10 @@ impl View {
                     bytes.hash(&mut hash);
                     continue;
                 }
+                Content::Index(model) => {
+                    self.shared.models[*model].hash_index(&mut hash);
+                    continue;
+                }
                 Content::Copy(file) => file,
                 Content::Shard { model, shard } => {
                     &self.shared.models[*model].checkpoint().shards()[*shard].file

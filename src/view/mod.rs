@@ -7,11 +7,13 @@ mod ahead;
 mod buffers;
 mod cache;
 mod identity;
+mod index;
 mod model;
 mod portions;
 mod shard;
 mod spoilt;
 mod survey;
+mod text;
 mod tree;
 mod walk;
 
@@ -105,8 +107,10 @@ enum Content {
     Dir,
     /// A file shown as it is.
     Copy(Arc<SourceFile>),
-    /// A synthesized index or config.
+    /// A synthesized config.
     Inline(Box<[u8]>),
+    /// The synthesized index of the model at this position.
+    Index(usize),
     /// A shard of the model at this position, by its position there.
     Shard {
         model: usize,
@@ -268,7 +272,7 @@ impl View {
             let (model, shard) = match content {
                 Content::Shard { model, shard } => (&models[*model], *shard),
                 Content::Copy(file) => find(file)?,
-                Content::Dir | Content::Inline(_) => return None,
+                Content::Dir | Content::Inline(_) | Content::Index(_) => return None,
             };
             Some((node, model, shard))
         })
@@ -299,6 +303,7 @@ impl View {
             Content::Inline(bytes) => {
                 buf.copy_from_slice(&bytes[offset as usize..offset as usize + len]);
             }
+            Content::Index(model) => self.shared.models[*model].read_index(offset, buf),
             Content::Shard { model, shard } => {
                 self.go_ahead(file, *model, *shard, offset..offset + len as u64);
                 let Shared { models, engine } = &*self.shared;

@@ -1,11 +1,12 @@
 //! One checkpoint of a view, planned: its shards laid out, its chunks encoded on demand.
 
-use std::fmt::Write as _;
+use std::hash::Hasher;
 use std::ops::Range;
 
 use super::buffers::{Buffer, Buffers};
 use super::cache::{Cache, ChunkKey};
-use super::shard::{Piece, VirtualShard};
+use super::index::{self, VirtualIndex};
+use super::shard::{self, Piece, VirtualShard};
 use super::spoilt::Spoilt;
 use super::survey::Surveys;
 use super::{Budget, Counters};
@@ -14,6 +15,7 @@ use crate::format::{Content, Edit, Format, Item, Plan, Weight, config};
 use crate::quant::{Grid, Isa, Reals, Survey, Tile};
 use crate::recipe::Request;
 use crate::source::{Checkpoint, SourceFiles, Tensor, TensorId, Window};
+use crate::threads;
 
 /// A checkpoint and what a format makes of it.
 #[derive(Debug)]
@@ -22,6 +24,7 @@ pub struct Model {
     format: &'static dyn Format,
     plan: Plan,
     shards: Vec<VirtualShard>,
+    index: Option<VirtualIndex>,
     surveys: Surveys,
     /// What `Model`'s weights count from in the view's cache.
     first_weight: u32,
@@ -48,26 +51,40 @@ impl Model {
     ) -> Result<Self> {
         let config = checkpoint.config().map(|config| &config.value);
         let plan = format.plan(checkpoint.catalog(), config, request)?;
+        let surveys = Surveys::new(plan.surveys.len());
+        let (shards, index) = (Vec::new(), None);
+        let mut model = Self { checkpoint, format, plan, shards, index, surveys, first_weight };
+        // Where nothing is encoded, every file is the source's own.
+        if !model.plan.weights.is_empty() {
+            model.lay_out();
+        }
+        Ok(model)
+    }
+
+    fn lay_out(&mut self) {
+        let Self { checkpoint, plan, .. } = self;
         let mut ids = vec![Vec::new(); checkpoint.shards().len()];
-        for (id, item) in plan.items.iter().enumerate() {
+        for (id, item) in (0..).zip(&plan.items) {
             ids[checkpoint.catalog()[item.tensor].shard()].push(id);
         }
-        // Where nothing is encoded, every file is the source's own.
-        let shards = if plan.weights.is_empty() {
-            Vec::new()
-        } else {
-            let lay_out = |(ids, shard): (Vec<usize>, &crate::source::Shard)| {
-                VirtualShard::new(
-                    checkpoint.catalog(),
-                    &plan,
-                    &ids,
-                    &metadata(plan.framework, &shard.metadata),
-                )
-            };
-            ids.into_iter().zip(checkpoint.shards()).map(lay_out).collect()
-        };
-        let surveys = Surveys::new(plan.surveys.len());
-        Ok(Self { checkpoint, format, plan, shards, surveys, first_weight })
+        self.shards = threads::map(ids.len(), |shard| {
+            VirtualShard::new(self.header_subject(shard), &ids[shard])
+        });
+        self.index = self.checkpoint.index().map(|index| {
+            let mut metadata = index.metadata.clone();
+            metadata.insert("total_size".to_owned(), self.shown_len().into());
+            VirtualIndex::new(self.index_subject(), &metadata)
+        });
+    }
+
+    fn header_subject(&self, shard: usize) -> shard::Subject<'_> {
+        let metadata = &self.checkpoint.shards()[shard].metadata;
+        shard::Subject { catalog: self.checkpoint.catalog(), plan: &self.plan, metadata }
+    }
+
+    fn index_subject(&self) -> index::Subject<'_> {
+        let Self { checkpoint, plan, .. } = self;
+        index::Subject { catalog: checkpoint.catalog(), plan, shards: checkpoint.shards() }
     }
 
     /// The source.
@@ -115,7 +132,7 @@ impl Model {
     }
 
     /// The items of a virtual shard in the order of their data, as positions in [`Plan::items`].
-    pub fn shard_items(&self, shard: usize) -> &[usize] {
+    pub fn shard_items(&self, shard: usize) -> &[u32] {
         self.shards[shard].items()
     }
 
@@ -124,31 +141,26 @@ impl Model {
         &self.shards
     }
 
-    /// The synthesized index, where the source has one and it changes.
-    pub(super) fn index_text(&self) -> Option<Vec<u8>> {
-        let index = self.checkpoint.index().filter(|_| !self.shards.is_empty())?;
-        let mut metadata = index.metadata.clone();
-        metadata.insert("total_size".to_owned(), self.shown_len().into());
-        let metadata = serde_json::to_string_pretty(&metadata).expect("JSON values serialize");
-        let catalog = self.checkpoint.catalog();
-        let mut entries: Vec<_> = self
-            .plan
-            .items
-            .iter()
-            .map(|item| (self.plan.name(catalog, item), catalog[item.tensor].shard()))
-            .collect();
-        entries.sort_unstable();
-        let quoted = |text: &str| serde_json::to_string(text).expect("strings serialize");
-        let shards: Vec<String> =
-            self.checkpoint.shards().iter().map(|shard| quoted(shard.file.name())).collect();
-        let mut text = format!("{{\n  \"metadata\": {},", metadata.replace('\n', "\n  "));
-        text.push_str("\n  \"weight_map\": {");
-        for (i, (name, shard)) in entries.iter().enumerate() {
-            let comma = if i == 0 { "" } else { "," };
-            let _ = write!(text, "{comma}\n    {}: {}", quoted(name), shards[*shard]);
+    /// The length of the synthesized index, where the source has one and it changes.
+    pub(super) fn index_len(&self) -> Option<u64> {
+        self.index.as_ref().map(VirtualIndex::len)
+    }
+
+    /// Fills `out` from `offset` of the synthesized index; the range lies within it.
+    pub(super) fn read_index(&self, offset: u64, out: &mut [u8]) {
+        let index = self.index.as_ref().expect("the view shows it");
+        index.read(self.index_subject(), offset, out);
+    }
+
+    /// Hashes the synthesized index.
+    pub(super) fn hash_index(&self, hash: &mut impl Hasher) {
+        let len = self.index_len().expect("the view shows it");
+        let mut text = vec![0; len.min(1 << 20) as usize];
+        for offset in (0..len).step_by(1 << 20) {
+            let part = &mut text[..(len - offset).min(1 << 20) as usize];
+            self.read_index(offset, part);
+            hash.write(part);
         }
-        text.push_str("\n  }\n}\n");
-        Some(text.into_bytes())
     }
 
     /// `config.json` with the quantization declared, where there is one and it changes.
@@ -171,6 +183,7 @@ impl Model {
         offset: u64,
         buf: &mut [u8],
     ) -> Result<()> {
+        let subject = self.header_subject(shard);
         let shard = &self.shards[shard];
         let mut rest = buf;
         for piece in shard.pieces(offset..offset + rest.len() as u64) {
@@ -178,17 +191,16 @@ impl Model {
             let (out, after) = rest.split_at_mut((range.end - range.start) as usize);
             rest = after;
             match piece {
-                Piece::Header(range) => {
-                    out.copy_from_slice(&shard.header()[range.start as usize..range.end as usize]);
-                }
+                Piece::Header(range) => shard.read_header(subject, range.start, out),
                 Piece::Item(id, range) => match &self.plan.items[id].content {
                     Content::Source => {
                         let tensor = self.plan.items[id].tensor;
                         engine.counters.source.add(out.len() as u64);
                         self.checkpoint.read_exact_at(&engine.files, tensor, range.start, out)?;
                     }
-                    Content::Inline { bytes, .. } => {
-                        out.copy_from_slice(&bytes[range.start as usize..range.end as usize]);
+                    Content::Inline(inline) => {
+                        let range = range.start as usize..range.end as usize;
+                        out.copy_from_slice(&inline.bytes[range]);
                     }
                     Content::Part { part, .. } | Content::Stacked { part, .. } => {
                         let mut rest = out;
@@ -399,11 +411,4 @@ impl Model {
         let weight = self.first_weight + u32::try_from(weight).expect("weights were counted");
         (weight, u32::try_from(chunk).expect("a weight has fewer than 2^32 chunks"))
     }
-}
-
-/// A virtual shard's `__metadata__`: the source's, in a framework that loaders of quantized
-/// checkpoints accept.
-fn metadata(framework: &str, source: &[(String, String)]) -> Vec<(String, String)> {
-    let others = source.iter().filter(|(key, _)| key != "format").cloned();
-    std::iter::once(("format".to_owned(), framework.to_owned())).chain(others).collect()
 }

@@ -50,7 +50,7 @@ impl View {
             Content::Copy(_) => {
                 Box::new(cut(0..size, COPY).map(|range| Portion(Kind::Copy(range))))
             }
-            Content::Inline(_) => {
+            Content::Inline(_) | Content::Index(_) => {
                 Box::new(cut(0..size, RUN).map(|range| Portion(Kind::Run(range))))
             }
             Content::Shard { model, shard } => Box::new(self.shared.models[model].portions(

@@ -119,6 +119,7 @@ impl<'a> Walk<'a> {
                     Content::Dir => unreachable!("files are no directories"),
                     Content::Copy(file) => file.len(),
                     Content::Inline(bytes) => bytes.len() as u64,
+                    Content::Index(model) => self.models[*model].index_len().expect("it has one"),
                     Content::Shard { model, shard } => self.models[*model].shards()[*shard].len(),
                 };
                 self.add(node, name, modified, NodeKind::File { size }, content);
@@ -220,15 +221,14 @@ impl<'a> Walk<'a> {
                     false => Content::Shard { model: position, shard },
                 });
             }
-            let synthesized = match utf8 {
-                "config.json" => model.config_text(),
-                _ if model.checkpoint().index().is_some_and(|i| i.file_name == utf8) => {
-                    model.index_text()
-                }
-                _ => None,
-            };
-            if let Some(bytes) = synthesized {
-                return Ok(Content::Inline(bytes.into()));
+            if utf8 == "config.json"
+                && let Some(text) = model.config_text()
+            {
+                return Ok(Content::Inline(text.into()));
+            }
+            let index = model.checkpoint().index();
+            if index.is_some_and(|index| index.file_name == utf8) && model.index_len().is_some() {
+                return Ok(Content::Index(position));
             }
         }
         let (file, _) =
