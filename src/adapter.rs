@@ -14,7 +14,7 @@ use crate::dtype::Dtype;
 use crate::error::{self, Result};
 use crate::modality::{self, DetectedModality};
 use crate::source::{
-    Checkpoint, Decoder, ELEMENTS_ALIGN, Extent, SourceFile, SourceFiles, TensorId, f32_decoder,
+    Checkpoint, ELEMENTS_ALIGN, SourceFile, SourceFiles, TensorId, Window, f32_decoder,
     find_index_file,
 };
 
@@ -74,10 +74,10 @@ struct Shared {
     files: SourceFiles,
 }
 
-/// What a header says of a tensor.
+/// What is known of a tensor before it is read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TensorInfo<'a> {
-    /// Its element type as stored.
+    /// Its element type, once decoded where it is stored quantized.
     pub dtype: Dtype,
     /// Its shape, outermost dimension first; empty for a scalar.
     pub shape: &'a [u64],
@@ -220,24 +220,25 @@ impl Shared {
     /// left unfinished.
     fn read_f32(&self, id: TensorId, go_on: &dyn Fn() -> bool) -> Result<Vec<f32>> {
         let tensor = &self.checkpoint.catalog()[id];
-        let Decoder::Plain = tensor.decoder;
-        let Extent { shard, start, len } = tensor.operands[0];
         let refuse = |what: &str| error::unsupported(format!("`{}`: {what}", tensor.name));
         let decode = f32_decoder(tensor.dtype)
             .ok_or_else(|| refuse(&format!("{} values are not real numbers", tensor.dtype)))?;
+        let elements = tensor.elements();
         let mut out = Vec::new();
-        usize::try_from(tensor.elements())
+        usize::try_from(elements)
             .ok()
             .and_then(|elements| out.try_reserve_exact(elements).ok())
-            .ok_or_else(|| refuse(&format!("{} values don't fit in memory", tensor.elements())))?;
-        let file = &self.checkpoint.shards()[shard].file;
-        let mut done = 0;
-        while done < len && go_on() {
-            let piece = PIECE.min(len - done);
-            self.files
-                .with_bytes(file, start + done, piece, |bytes| decode(bytes, &mut out))
+            .ok_or_else(|| refuse(&format!("{elements} values don't fit in memory")))?;
+        let bits = tensor.dtype.bitsize() as u64;
+        for first in (0..elements).step_by((PIECE * 8 / bits) as usize) {
+            if !go_on() {
+                break;
+            }
+            let cols = (PIECE * 8 / bits).min(elements - first);
+            let window = Window { width: elements, first_row: 0, rows: 1, first_col: first, cols };
+            self.checkpoint
+                .with_window(&self.files, id, window, |bytes, _| decode(bytes, &mut out))
                 .map_err(|error| error.within(format_args!("`{}`", tensor.name)))?;
-            done += piece;
         }
         Ok(out)
     }

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use aq_fs::export::{Options, Step, export};
 use aq_fs::quant::{Granularity, Quality, Real, Storage};
 use aq_fs::recipe::{Request, ScaleFormat};
 use aq_fs::view::{Budget, NodeKind, View};
@@ -149,6 +150,62 @@ fn reference_quality_reproduces_every_recorded_checkpoint() {
             assert!(list(declared).contains(&"lm_head".into()), "{name}");
         }
     }
+}
+
+/// What a checkpoint's own loader makes of each weight that it holds quantized.
+fn decoded() -> Value {
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
+    let recorded = std::fs::read(fixtures.join("decoded.json")).expect("the fixture");
+    serde_json::from_slice(&recorded).expect("JSON")
+}
+
+#[test]
+fn every_recorded_checkpoint_decodes_to_what_its_loader_makes_of_it() {
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
+    let source = fixtures.join("llama-bf16");
+    let recorded = std::fs::read(fixtures.join("golden.json")).expect("the fixture");
+    let recorded: Value = serde_json::from_slice(&recorded).expect("JSON");
+    let decoded = decoded();
+    let dense = Request { format: "dense".to_owned(), ..Request::default() };
+    let plain = shown(&View::open(&source, &dense, Budget::default()).expect("a view"));
+    let mut checked = 0;
+    for name in recorded.as_object().expect("checkpoints by name").keys() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let view = View::open(&source, &request(name), Budget::default()).expect(name);
+        let options = Options { threads: 2, overwrite: true, step: Step::Whole };
+        export(&view, dir.path(), options, &|_, _| {}).expect("exported");
+        let view = View::open(dir.path(), &dense, Budget::default());
+        if !decoded[name].is_object() {
+            // Nobody's loader has been asked.
+            let error = view.expect_err(name).to_string();
+            assert!(error.contains("quantized already and can't be decoded"), "{name}: {error}");
+            continue;
+        }
+        let view = view.expect(name);
+        // Whatever is not quantized is as in the original.
+        let mut expected = plain.clone();
+        for (tensor, row) in decoded[name].as_object().expect("rows") {
+            let row = serde_json::from_value(row.clone()).expect("a row");
+            assert!(
+                expected.insert(tensor.clone(), row).is_some(),
+                "{name}: {tensor} has no original"
+            );
+        }
+        let shown = shown(&view);
+        let names = |map: &BTreeMap<String, _>| map.keys().cloned().collect::<Vec<_>>();
+        assert_eq!(names(&shown), names(&expected), "{name}");
+        let differing: Vec<&String> = expected
+            .iter()
+            .filter(|(tensor, row)| &shown[*tensor] != *row)
+            .map(|(t, _)| t)
+            .collect();
+        assert!(differing.is_empty(), "{name}: {differing:?}");
+        let config = file(&view, "config.json");
+        let original = std::fs::read(source.join("config.json")).expect("there");
+        assert_eq!(config, serde_json::from_slice::<Value>(&original).expect("JSON"), "{name}");
+        checked += 1;
+    }
+    assert!(checked >= 30, "only {checked}");
 }
 
 /// Writes the fixture in F32 below `dir`, every value times 1.1 so that no bits are left zero.

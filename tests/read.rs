@@ -24,10 +24,33 @@ static MIXTURE: LazyLock<tempfile::TempDir> = LazyLock::new(|| {
     dir
 });
 
-/// What is asked of which model: everything of a Llama, every format and mixed ones of a mixture.
-fn cases() -> Vec<(&'static Path, Request)> {
-    let llama = requests().into_iter().map(|request| (MODEL.path(), request));
-    let formats = requests().into_iter().take(FORMATS.len());
+/// Checkpoints that arrive quantized: [`MODEL`] in every format that can be decoded again.
+static QUANTIZED: LazyLock<Vec<(&'static str, tempfile::TempDir)>> = LazyLock::new(|| {
+    let quantized = |name: &'static str| {
+        let dir = tempfile::tempdir().expect("a directory");
+        let request = Request { format: name.to_owned(), ..Request::default() };
+        let view = View::open(MODEL.path(), &request, Budget::default()).expect("a view");
+        export(
+            &view,
+            dir.path(),
+            Options { threads: 2, overwrite: true, step: Step::Whole },
+            &|_, _| {},
+        )
+        .expect("exported");
+        match View::open(dir.path(), &dense(), Budget::default()) {
+            Ok(_) => Some((name, dir)),
+            Err(error) => {
+                assert!(error.to_string().contains("can't be decoded"), "{name}: {error}");
+                None
+            }
+        }
+    };
+    let names = FORMATS.iter().map(|format| format.name()).filter(|name| *name != "dense");
+    names.filter_map(quantized).collect()
+});
+
+/// A mixture of experts in every format, and in several schemes at once.
+fn mixtures() -> Vec<Request> {
     let mixed = ["compressed-tensors", "mlx"].map(|format| Request {
         format: format.to_owned(),
         granularity: Some(Granularity::Group(32)),
@@ -36,7 +59,26 @@ fn cases() -> Vec<(&'static Path, Request)> {
             .into(),
         ..Request::default()
     });
-    llama.chain(formats.chain(mixed).map(|request| (MIXTURE.path(), request))).collect()
+    requests().into_iter().take(FORMATS.len()).chain(mixed).collect()
+}
+
+/// What a source is shown as: every request of the plain one, and of a quantized one the plain
+/// numbers and formats that cut them in different ways.
+fn cases() -> Vec<(&'static Path, Request)> {
+    let mut cases: Vec<_> = requests().into_iter().map(|request| (MODEL.path(), request)).collect();
+    cases.extend(mixtures().into_iter().map(|request| (MIXTURE.path(), request)));
+    for (_, dir) in QUANTIZED.iter() {
+        for format in ["dense", "compressed-tensors", "mlx", "bnb-nf4", "fp8-block"] {
+            let request = Request { format: format.to_owned(), ..Request::default() };
+            cases.push((dir.path(), request));
+        }
+        cases.push((dir.path(), Request { dtype: Some(Real::F32), ..dense() }));
+    }
+    cases
+}
+
+fn dense() -> Request {
+    Request { format: "dense".to_owned(), ..Request::default() }
 }
 
 /// One request for every format as it is by default, and variants of those that take them.
@@ -45,7 +87,6 @@ fn requests() -> Vec<Request> {
         .iter()
         .map(|format| Request { format: format.name().to_owned(), ..Request::default() })
         .collect();
-    let dense = || Request { format: "dense".to_owned(), ..Request::default() };
     for dtype in [Real::Bf16, Real::F16, Real::F32] {
         requests.push(Request { dtype: Some(dtype), ..dense() });
     }
@@ -79,9 +120,9 @@ fn whole(view: &View, file: NodeId) -> Vec<u8> {
 
 /// Every file of the oracle, which encodes each weight as one chunk and keeps none of it.
 static ORACLES: LazyLock<Vec<Vec<Vec<u8>>>> = LazyLock::new(|| {
-    let oracle = |(model, request): &(&Path, Request)| {
+    let oracle = |(source, request): &(&Path, Request)| {
         let budget = Budget { cache: 0, chunk: u64::MAX, ahead: 0 };
-        let view = View::open(model, request, budget).expect("a view");
+        let view = View::open(source, request, budget).expect("a view");
         (0..view.tree().nodes().len()).map(|file| whole(&view, file)).collect()
     };
     cases().iter().map(oracle).collect()
@@ -98,8 +139,8 @@ proptest! {
         ahead in prop_oneof![Just(0u64), 1u64..1_000_000],
         reads in prop::collection::vec((any::<prop::sample::Index>(), any::<prop::sample::Index>(), 0usize..70_000), 1..40),
     ) {
-        let (model, request) = &cases()[which];
-        let view = View::open(model, request, Budget { cache, chunk, ahead }).expect("a view");
+        let (source, request) = &cases()[which];
+        let view = View::open(source, request, Budget { cache, chunk, ahead }).expect("a view");
         let oracle = &ORACLES[which];
         for (file, offset, len) in reads {
             let file = file.index(oracle.len());
@@ -136,6 +177,29 @@ fn an_export_is_what_a_view_shows() {
         }
         assert_eq!(summary.files, files);
         assert_eq!(std::fs::read_dir(out.path()).expect("listed").count(), files);
+    }
+}
+
+#[test]
+fn a_quantized_source_is_read_once_and_is_the_same_in_small_chunks() {
+    assert!(QUANTIZED.len() >= 10);
+    for ((source, request), oracle) in cases().iter().zip(ORACLES.iter()) {
+        if *source == MODEL.path() {
+            continue;
+        }
+        for chunk in [5_000, 1 << 20] {
+            let budget = Budget { cache: 1 << 30, chunk, ahead: 0 };
+            let view = View::open(source, request, budget).expect("a view");
+            for (file, expected) in oracle.iter().enumerate() {
+                assert!(&whole(&view, file) == expected, "{request:?} of {source:?}: {file}");
+            }
+            let all: u64 = std::fs::read_dir(source)
+                .expect("listed")
+                .map(|entry| entry.expect("an entry").metadata().expect("known").len())
+                .sum();
+            let read = view.stats().source_bytes;
+            assert!(chunk < 1 << 20 || read * 10 <= all * 11, "{request:?}: {read} of {all}");
+        }
     }
 }
 

@@ -9,11 +9,11 @@
 
 use serde_json::{Map, Value};
 
-use super::{Edit, Format, Grain, Plan, Reader, Takes, Weight, by_layout, ran};
+use super::{Format, Grain, Plan, Reader, Takes, Weight, by_layout, ran};
 use crate::error::{self, Result};
 use crate::quant::Real;
 use crate::recipe::{Assignment, Request};
-use crate::source::Catalog;
+use crate::source::{Catalog, Edit};
 
 /// `dense`: nothing is shown as codes.
 #[derive(Debug)]

@@ -6,7 +6,6 @@
 
 mod bitsandbytes;
 mod compressed_tensors;
-pub(crate) mod config;
 mod ct_config;
 mod ct_float;
 mod dense;
@@ -26,7 +25,7 @@ use crate::dtype::{self, Dtype};
 use crate::error::{self, Result};
 use crate::quant::{CastScheme, Grid, Isa, Part, Real, Scheme, Survey, Tile};
 use crate::recipe::{Assignment, Request, module_of};
-use crate::source::{Catalog, Tensor, TensorId};
+use crate::source::{Catalog, Edit, Tensor, TensorId};
 pub use takes::{Grain, Takes, ranges};
 
 /// One way of writing down a quantized checkpoint.
@@ -107,7 +106,8 @@ pub fn find(name: &str) -> Result<&'static dyn Format> {
 pub struct Plan {
     /// What happens to every tensor.
     pub assignment: Assignment,
-    /// The weights that are encoded, in source order.
+    /// The weights that are encoded, in source order, and then whatever else is not stored as it is
+    /// shown.
     pub weights: Vec<Weight>,
     /// Weights whose parts are shown as one.
     pub stacks: Vec<Stack>,
@@ -129,15 +129,6 @@ pub struct Plan {
 
 /// Metadata that is remembered to be shared; a layer has weights of few shapes.
 const INLINES: usize = 16;
-
-/// A change of a JSON object.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Edit {
-    /// Members to be removed.
-    pub remove: Vec<&'static str>,
-    /// Members that are added, or replace others.
-    pub set: Map<String, Value>,
-}
 
 /// A weight that is encoded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -312,6 +303,21 @@ impl Plan {
         let content = Content::Part { weight: self.weights.len(), part: 0 };
         self.items.push(Item { tensor: weight.tensor, suffix: None, content });
         self.weights.push(weight);
+    }
+
+    /// Has every kept tensor that is stored quantized shown as the numbers that it stands for.
+    pub(crate) fn decode_kept(&mut self, catalog: &Catalog) {
+        for item in self.items.iter_mut().filter(|item| item.content == Content::Source) {
+            let tensor = &catalog[item.tensor];
+            if tensor.is_plain() || tensor.shape.contains(&0) {
+                continue;
+            }
+            let to = Real::new(tensor.dtype).expect("what is decoded are reals");
+            let scheme = Scheme::Cast(CastScheme { to });
+            let weight = Weight { tensor: item.tensor, scheme, survey: None, decoded: None };
+            item.content = Content::Part { weight: self.weights.len(), part: 0 };
+            self.weights.push(weight);
+        }
     }
 
     /// Declares the quantization, if there is any.

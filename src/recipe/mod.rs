@@ -4,7 +4,6 @@ mod ignore;
 mod linear;
 mod overrides;
 mod pattern;
-mod quantized;
 mod vocabulary;
 
 use std::borrow::Cow;
@@ -159,8 +158,7 @@ impl Assignment {
     /// the scheme. Weights that loaders fuse into one share one decision.
     ///
     /// # Errors
-    /// `Invalid` for a malformed pattern and for overrides where the format has one scheme,
-    /// `Unsupported` for a checkpoint that is quantized already.
+    /// `Invalid` for a malformed pattern and for overrides where the format has one scheme.
     pub fn new(
         catalog: &Catalog,
         config: Option<&Value>,
@@ -192,7 +190,6 @@ impl Assignment {
         offer: &Offer,
         ends: Ends,
     ) -> Result<Self> {
-        quantized::refuse(catalog, config)?;
         let sets_bits = |set: &&Override| set.to != Setting::Keep;
         if let (Some(set), true) = (request.set.iter().find(sets_bits), offer.overrides.is_empty())
         {

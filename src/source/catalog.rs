@@ -5,6 +5,7 @@ use std::hash::{BuildHasher, RandomState};
 use hashbrown::HashTable;
 use hashbrown::hash_table::Entry;
 
+use super::decode::Coded;
 use crate::dtype::Dtype;
 use crate::threads;
 
@@ -23,15 +24,17 @@ pub struct Extent {
 }
 
 /// How a logical tensor's values follow from what is stored.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub enum Decoder {
     /// One operand: the elements themselves.
     Plain,
+    /// Codes and what they are scaled by.
+    Coded(Box<Coded>),
 }
 
 /// One logical tensor: what it is, and the stored operands it is decoded from.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Tensor {
     /// The name by which a loader would know it.
     pub name: String,
@@ -46,6 +49,11 @@ pub struct Tensor {
 }
 
 impl Tensor {
+    /// Whether it is stored as it is, not to be decoded first.
+    pub fn is_plain(&self) -> bool {
+        self.decoder == Decoder::Plain
+    }
+
     /// The number of elements.
     pub fn elements(&self) -> u64 {
         self.shape.iter().product()

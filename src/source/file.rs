@@ -109,7 +109,15 @@ impl SourceFile {
 #[derive(Debug)]
 pub struct SourceFiles {
     open: Mutex<LruCache<u64, Arc<OpenFile>>>,
+    /// Buffers that nobody is decoding into.
+    scratch: Mutex<Vec<Vec<u8>>>,
 }
+
+/// A range of a file: where it starts, and its length in bytes.
+pub(super) type Part<'a> = (&'a Arc<SourceFile>, u64, u64);
+
+/// Buffers that are kept for the next window.
+const SCRATCH: usize = 4;
 
 #[derive(Debug)]
 struct OpenFile {
@@ -128,7 +136,7 @@ struct Mapped {
 impl SourceFiles {
     /// At most `capacity` files are kept open and mapped.
     pub fn new(capacity: NonZeroUsize) -> Self {
-        Self { open: Mutex::new(LruCache::new(capacity)) }
+        Self { open: Mutex::new(LruCache::new(capacity)), scratch: Mutex::default() }
     }
 
     /// Fills `buf` from `offset` of the file, without mapping it into memory.
@@ -198,6 +206,56 @@ impl SourceFiles {
             drop_pages(map, range);
         }
         Ok(out)
+    }
+
+    /// As [`with_bytes`](Self::with_bytes), of several ranges at the same time. Empty ones touch no
+    /// file.
+    pub(super) fn with_parts<const N: usize>(
+        &self,
+        parts: &[Part<'_>; N],
+        f: &mut dyn FnMut(&[&[u8]; N]),
+    ) -> Result<()> {
+        self.nest(parts, 0, &[&[]; N], f)
+    }
+
+    fn nest<const N: usize>(
+        &self,
+        parts: &[Part<'_>; N],
+        at: usize,
+        shown: &[&[u8]; N],
+        f: &mut dyn FnMut(&[&[u8]; N]),
+    ) -> Result<()> {
+        match parts.get(at) {
+            None => {
+                f(shown);
+                Ok(())
+            }
+            Some((.., 0)) => self.nest(parts, at + 1, shown, f),
+            Some(&(source, start, len)) => self.with_bytes(source, start, len, |bytes| {
+                let mut shown = *shown;
+                shown[at] = bytes;
+                self.nest(parts, at + 1, &shown, f)
+            })?,
+        }
+    }
+
+    /// Lends `f` a buffer of `len` bytes, whatever they are.
+    pub(super) fn with_scratch<T>(
+        &self,
+        len: usize,
+        f: impl FnOnce(&mut [u8]) -> Result<T>,
+    ) -> Result<T> {
+        let mut buffer = self.scratch.lock().pop().unwrap_or_default();
+        buffer.resize(len.max(buffer.len()), 0);
+        let out = f(&mut buffer[..len]);
+        // One that was stretched for something huge is not worth its memory.
+        buffer.truncate(len);
+        buffer.shrink_to(len.saturating_mul(2));
+        let mut idle = self.scratch.lock();
+        if idle.len() < SCRATCH {
+            idle.push(buffer);
+        }
+        out
     }
 
     /// Asks the kernel to read a file into its page cache, and returns at once.

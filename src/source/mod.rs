@@ -5,27 +5,38 @@
 //! Nothing here knows about quantization formats, views or mounts, and nothing here ever writes.
 
 mod catalog;
+mod config;
+mod decode;
 mod elements;
 mod file;
 mod guard;
 mod header;
 mod index;
+mod window;
 
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde_json::{Map, Value};
 
 pub use catalog::{Catalog, Decoder, Extent, Tensor, TensorId};
+pub use config::{Config, Edit};
+pub(crate) use config::{edited, edited_within};
+pub use decode::Coded;
 pub use elements::{DecodeF32, ELEMENTS_ALIGN, f32_decoder};
 pub use file::{SourceFile, SourceFiles};
 pub use header::{Entry, Header, MAX_HEADER_BYTES};
 pub(crate) use index::is_adapter;
 pub use index::{INDEX_SUFFIX, Index, find_index_file};
+pub use window::Window;
 
 use crate::error::{self, Error, ErrorKind, Result};
 use crate::threads;
+use decode::{OPERANDS, Outcome};
+use file::Part;
 use index::WeightMap;
+use window::Placed;
 
 /// A checkpoint opened for reading: one model, in one directory.
 #[derive(Debug)]
@@ -35,21 +46,9 @@ pub struct Checkpoint {
     shards: Vec<Shard>,
     index: Option<Index>,
     config: Option<Config>,
-}
-
-/// A rectangle of a tensor viewed as a row-major matrix of a given width, in elements.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Window {
-    /// Columns of the matrix.
-    pub width: u64,
-    /// The first row.
-    pub first_row: u64,
-    /// Number of rows.
-    pub rows: u64,
-    /// The first column.
-    pub first_col: u64,
-    /// Number of columns.
-    pub cols: u64,
+    decoded: bool,
+    /// What tells that it is quantized in a way that isn't known.
+    unknown: Option<String>,
 }
 
 /// One safetensors file of a checkpoint.
@@ -59,15 +58,6 @@ pub struct Shard {
     pub file: Arc<SourceFile>,
     /// Its header's `__metadata__`.
     pub metadata: Vec<(String, String)>,
-}
-
-/// A checkpoint's `config.json`.
-#[derive(Clone, Debug)]
-pub struct Config {
-    /// The file's text.
-    pub text: String,
-    /// The same, parsed. Bare `NaN` and `Infinity`, which Python writes, read as `null`.
-    pub value: Value,
 }
 
 impl Checkpoint {
@@ -136,15 +126,40 @@ impl Checkpoint {
                 operands: vec![Extent { shard: position, start: entry.start, len: entry.len }],
             }));
         }
-        let catalog = Catalog::new(tensors).map_err(|twins| {
+        let stored = Catalog::new(tensors).map_err(|twins| {
             let [first, second] = twins.each_ref().map(|twin| shards[twin.shard()].file.name());
             error::corrupt(format!("`{}` stands both in {first} and in {second}", twins[0].name))
         })?;
         if let Some((index, weight_map)) = &index {
-            index.check(weight_map, &catalog)?;
+            index.check(weight_map, &stored)?;
         }
         let config = Config::read(&dir)?;
-        Ok(Self { dir, catalog, shards, index: index.map(|(index, _)| index), config })
+        let files = SourceFiles::new(NonZeroUsize::MIN);
+        let read = |tensor: &Tensor| {
+            let Extent { shard, start, len } = tensor.operands[0];
+            let mut bytes = vec![0; len as usize];
+            files.read_exact_at(&shards[shard].file, start, &mut bytes).map(|()| bytes)
+        };
+        let value = config.as_ref().map(|config| &config.value);
+        let outcome = decode::logical(&stored, value, &read)?;
+        let (catalog, decoded, unknown) = match outcome {
+            Outcome::Plain => (stored, false, None),
+            Outcome::Decoded(catalog) => (catalog, true, None),
+            Outcome::Unknown(what) => (stored, false, Some(what)),
+        };
+        let config = match config {
+            Some(config) if decoded => Some(config.without_quantization()?),
+            config => config,
+        };
+        Ok(Self {
+            dir,
+            catalog,
+            shards,
+            index: index.map(|(index, _)| index),
+            config,
+            decoded,
+            unknown,
+        })
     }
 
     /// The canonical path of the directory that holds the checkpoint.
@@ -167,12 +182,32 @@ impl Checkpoint {
         self.index.as_ref()
     }
 
-    /// `config.json`, where the checkpoint has one.
+    /// Whether the checkpoint is stored quantized, and what is shown of it decoded.
+    pub fn is_decoded(&self) -> bool {
+        self.decoded
+    }
+
+    /// Refuses a checkpoint whose weights are codes that can't be decoded. Its catalog has what is
+    /// stored.
+    ///
+    /// # Errors
+    /// `Unsupported`, with the method that its config declares and a tensor that shows it.
+    pub fn refuse_unknown_codes(&self) -> Result<()> {
+        match &self.unknown {
+            None => Ok(()),
+            Some(what) => Err(error::unsupported(format!(
+                "the source is quantized already and can't be decoded: {what}; start from the \
+                 original"
+            ))),
+        }
+    }
+
+    /// `config.json`, where the checkpoint has one; without its quantization, where that is decoded.
     pub fn config(&self) -> Option<&Config> {
         self.config.as_ref()
     }
 
-    /// Fills `buf` with a tensor's stored bytes from `offset` on.
+    /// Fills `buf` with the bytes of a tensor, stored as it is, from `offset` on.
     ///
     /// # Errors
     /// `Stale` or `Io`, as [`SourceFiles::read_exact_at`].
@@ -187,8 +222,20 @@ impl Checkpoint {
         files.read_exact_at(&self.shards[shard].file, start + offset, buf)
     }
 
+    /// Stored bytes that a window of a tensor is made of.
+    pub fn window_len(&self, id: TensorId, window: &Window) -> u64 {
+        let tensor = &self.catalog[id];
+        match &tensor.decoder {
+            Decoder::Plain => window.elements() * tensor.dtype.bitsize() as u64 / 8,
+            Decoder::Coded(coded) => {
+                window.places(coded).iter().map(|place| coded.stored_len(&place.rect)).sum()
+            }
+        }
+    }
+
     /// Shows `f` the elements of a window of a tensor, in its own element type: the bytes from the
-    /// window's first element to its last, with whatever lies between its rows.
+    /// window's first element to its last, and how many elements lie between the starts of two of its
+    /// rows. What lies there is not the window's. Elements narrower than a byte come in whole bytes.
     ///
     /// # Errors
     /// `Stale` or `Io`, as [`SourceFiles::with_bytes`].
@@ -197,16 +244,37 @@ impl Checkpoint {
         files: &SourceFiles,
         id: TensorId,
         window: Window,
-        f: impl FnOnce(&[u8]) -> T,
+        f: impl FnOnce(&[u8], usize) -> T,
     ) -> Result<T> {
         let tensor = &self.catalog[id];
-        let Decoder::Plain = tensor.decoder;
-        let Extent { shard, start, .. } = tensor.operands[0];
-        let element = tensor.dtype.bitsize() as u64 / 8;
+        let bits = tensor.dtype.bitsize() as u64;
         let Window { width, first_row, rows, first_col, cols } = window;
-        let first = first_row * width + first_col;
-        let len = ((rows - 1) * width + cols) * element;
-        files.with_bytes(&self.shards[shard].file, start + first * element, len, f)
+        let Decoder::Coded(coded) = &tensor.decoder else {
+            let Extent { shard, start, .. } = tensor.operands[0];
+            let first = (first_row * width + first_col) * bits / 8;
+            let len = ((rows - 1) * width + cols) * bits / 8;
+            let file = &self.shards[shard].file;
+            return files.with_bytes(file, start + first, len, |bytes| f(bytes, width as usize));
+        };
+        let element = bits / 8;
+        files.with_scratch((window.elements() * element) as usize, |out| {
+            for Placed { rect, at, stride } in window.places(coded) {
+                let ranges = coded.ranges(&rect);
+                let mut operands: [Part<'_>; OPERANDS] =
+                    std::array::from_fn(|_| (&self.shards[0].file, 0, 0));
+                for ((part, extent), range) in
+                    operands.iter_mut().zip(&tensor.operands).zip(&ranges)
+                {
+                    let len = range.end - range.start;
+                    *part = (&self.shards[extent.shard].file, extent.start + range.start, len);
+                }
+                let out = &mut out[(at * element) as usize..];
+                files.with_parts(&operands, &mut |bytes| {
+                    decode::decode(coded, tensor.dtype, &rect, *bytes, out, stride as usize);
+                })?;
+            }
+            Ok(f(out, cols as usize))
+        })
     }
 
     /// The index's `metadata`, empty where there is no index.
@@ -221,63 +289,6 @@ impl Shard {
         let header = Header::read(&file, source.len()).map_err(|error| error.within(name))?;
         Ok((Self { file: Arc::new(source), metadata: header.metadata }, header.entries))
     }
-}
-
-impl Config {
-    /// Reads `config.json` of a directory; `None` where it has none.
-    ///
-    /// # Errors
-    /// `Corrupt` where it isn't a JSON object, `Io` where it can't be read.
-    pub fn read(dir: &Path) -> Result<Option<Self>> {
-        let path = dir.join("config.json");
-        match std::fs::read_to_string(&path) {
-            Ok(text) => Self::parse(text).map(Some),
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-            Err(error) if error.kind() == std::io::ErrorKind::InvalidData => {
-                Err(error::corrupt("config.json: not UTF-8"))
-            }
-            Err(error) => Err(Error::io(path.display(), error)),
-        }
-    }
-
-    /// Parses the text of a `config.json`.
-    ///
-    /// # Errors
-    /// `Corrupt` where it isn't a JSON object.
-    pub fn parse(text: String) -> Result<Self> {
-        let value: Value = serde_json::from_str(&without_bare_floats(&text))
-            .map_err(|cause| Error::caused(ErrorKind::Corrupt, "config.json", cause))?;
-        if !value.is_object() {
-            return Err(error::corrupt("config.json: not an object"));
-        }
-        Ok(Self { text, value })
-    }
-}
-
-/// JSON as Python writes it, with `NaN`, `Infinity` and `-Infinity` outside of strings made `null`.
-fn without_bare_floats(text: &str) -> String {
-    let mut out = String::with_capacity(text.len());
-    let mut rest = text;
-    let mut in_string = false;
-    while let Some(c) = rest.chars().next() {
-        let bare = ["NaN", "Infinity", "-Infinity"].into_iter().find(|w| rest.starts_with(w));
-        let taken = match (in_string, c, bare) {
-            (true, '\\', _) => 1 + rest[1..].chars().next().map_or(0, char::len_utf8),
-            (false, _, Some(word)) => {
-                out.push_str("null");
-                rest = &rest[word.len()..];
-                continue;
-            }
-            (_, '"', _) => {
-                in_string = !in_string;
-                1
-            }
-            _ => c.len_utf8(),
-        };
-        out.push_str(&rest[..taken]);
-        rest = &rest[taken..];
-    }
-    out
 }
 
 #[cfg(test)]

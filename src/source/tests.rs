@@ -2,6 +2,7 @@
 
 mod changes;
 mod checkpoints;
+mod decode;
 mod headers;
 
 use std::path::Path;

@@ -11,10 +11,12 @@ use super::spoilt::Spoilt;
 use super::survey::Surveys;
 use super::{Budget, Counters};
 use crate::error::Result;
-use crate::format::{Content, Edit, Format, Item, Plan, Weight, config};
+use crate::format::{Content, Format, Item, Plan, Weight};
 use crate::quant::{Grid, Isa, Reals, Survey, Tile};
 use crate::recipe::Request;
-use crate::source::{Checkpoint, SourceFiles, Tensor, TensorId, Window};
+use crate::source::{
+    Checkpoint, Edit, SourceFiles, Tensor, TensorId, Window, edited, edited_within,
+};
 use crate::threads;
 
 /// A checkpoint and what a format makes of it.
@@ -50,12 +52,13 @@ impl Model {
         first_weight: u32,
     ) -> Result<Self> {
         let config = checkpoint.config().map(|config| &config.value);
-        let plan = format.plan(checkpoint.catalog(), config, request)?;
+        let mut plan = format.plan(checkpoint.catalog(), config, request)?;
+        plan.decode_kept(checkpoint.catalog());
         let surveys = Surveys::new(plan.surveys.len());
         let (shards, index) = (Vec::new(), None);
         let mut model = Self { checkpoint, format, plan, shards, index, surveys, first_weight };
-        // Where nothing is encoded, every file is the source's own.
-        if !model.plan.weights.is_empty() {
+        // Where nothing is encoded or decoded, every file is the source's own.
+        if !model.plan.weights.is_empty() || model.checkpoint.is_decoded() {
             model.lay_out();
         }
         Ok(model)
@@ -166,12 +169,11 @@ impl Model {
     /// `config.json` with the quantization declared, where there is one and it changes.
     pub(super) fn config_text(&self) -> Option<Vec<u8>> {
         let Plan { config, nested, .. } = &self.plan;
-        let changes = !config.is_empty() || !nested.is_empty();
+        let changes = self.checkpoint.is_decoded() || !config.is_empty() || !nested.is_empty();
         let source = self.checkpoint.config().filter(|_| changes)?;
-        let text = config::edited(&source.text, &[], config);
-        let edit = |text: String, (member, edit): &(String, Edit)| {
-            config::edited_within(&text, member, edit)
-        };
+        let text = edited(&source.text, &[], config);
+        let edit =
+            |text: String, (member, edit): &(String, Edit)| edited_within(&text, member, edit);
         Some(nested.iter().fold(text, edit).into_bytes())
     }
 
@@ -395,15 +397,10 @@ impl Model {
             first_col: place.first_col,
             cols: place.cols,
         };
-        engine.counters.source.add(place.rows * place.cols * dtype.bitsize() as u64 / 8);
-        self.checkpoint.with_window(&engine.files, tensor, window, |bytes| {
+        engine.counters.source.add(self.checkpoint.window_len(tensor, &window));
+        self.checkpoint.with_window(&engine.files, tensor, window, |bytes, stride| {
             let data = Reals::new(dtype, bytes).expect("the scheme accepted the type");
-            f(&Tile {
-                data,
-                rows: place.rows as usize,
-                cols: place.cols as usize,
-                stride: width as usize,
-            })
+            f(&Tile { data, rows: place.rows as usize, cols: place.cols as usize, stride })
         })
     }
 

@@ -161,6 +161,10 @@ impl<'a> Walk<'a> {
             // What asks for plain numbers is meant for the pipeline's other components.
             (request.simulate, request.dtype) = (None, None);
         }
+        // A pipeline's own components are only passed on, in whatever types they are.
+        if !diffusers {
+            checkpoint.refuse_unknown_codes().map_err(place)?;
+        }
         let model = Model::new(checkpoint, format, &request, self.weights).map_err(place)?;
         let prefix = match below.as_os_str().is_empty() {
             true => String::new(),
@@ -185,6 +189,16 @@ impl<'a> Walk<'a> {
         let checkpoint = self.models[model].checkpoint();
         if checkpoint.shards().iter().any(|shard| shard.file.name() == name) {
             return None;
+        }
+        // What the config no longer declares, a loader might find beside it.
+        const DECLARATIONS: [&str; 4] = [
+            "quantize_config.json",
+            "quant_config.json",
+            "quantization_config.json",
+            "hf_quant_config.json",
+        ];
+        if checkpoint.is_decoded() && DECLARATIONS.contains(&name) {
+            return Some("it declares the quantization that is decoded");
         }
         let own_index = checkpoint.index().is_some_and(|index| index.file_name == name);
         let ends = |suffixes: &[&str]| suffixes.iter().any(|suffix| name.ends_with(suffix));

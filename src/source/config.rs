@@ -1,8 +1,96 @@
-//! Sets members of a `config.json` and leaves every other byte of it alone.
+//! A checkpoint's `config.json`: read, and edited without touching its other bytes.
+
+use std::path::Path;
 
 use serde_json::{Map, Value};
 
-use super::Edit;
+use super::decode::{DECLARATIONS, NESTED};
+use crate::error::{self, Error, ErrorKind, Result};
+
+/// A checkpoint's `config.json`.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// The file's text.
+    pub text: String,
+    /// The same, parsed. Bare `NaN` and `Infinity`, which Python writes, read as `null`.
+    pub value: Value,
+}
+
+impl Config {
+    /// Reads `config.json` of a directory; `None` where it has none.
+    ///
+    /// # Errors
+    /// `Corrupt` where it isn't a JSON object, `Io` where it can't be read.
+    pub fn read(dir: &Path) -> Result<Option<Self>> {
+        let path = dir.join("config.json");
+        match std::fs::read_to_string(&path) {
+            Ok(text) => Self::parse(text).map(Some),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(error) if error.kind() == std::io::ErrorKind::InvalidData => {
+                Err(error::corrupt("config.json: not UTF-8"))
+            }
+            Err(error) => Err(Error::io(path.display(), error)),
+        }
+    }
+
+    /// Parses the text of a `config.json`.
+    ///
+    /// # Errors
+    /// `Corrupt` where it isn't a JSON object.
+    pub fn parse(text: String) -> Result<Self> {
+        let value: Value = serde_json::from_str(&without_bare_floats(&text))
+            .map_err(|cause| Error::caused(ErrorKind::Corrupt, "config.json", cause))?;
+        if !value.is_object() {
+            return Err(error::corrupt("config.json: not an object"));
+        }
+        Ok(Self { text, value })
+    }
+
+    /// The config of the same model with nothing quantized.
+    ///
+    /// # Errors
+    /// None, as what is left of a config parses.
+    pub(super) fn without_quantization(&self) -> Result<Self> {
+        let edit = Edit { remove: DECLARATIONS.to_vec(), set: Map::new() };
+        let text = edited(&self.text, &edit.remove, &edit.set);
+        Self::parse(NESTED.iter().fold(text, |text, member| edited_within(&text, member, &edit)))
+    }
+}
+
+/// A change of a JSON object.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Edit {
+    /// Members to be removed.
+    pub remove: Vec<&'static str>,
+    /// Members that are added, or replace others.
+    pub set: Map<String, Value>,
+}
+
+/// JSON as Python writes it, with `NaN`, `Infinity` and `-Infinity` outside of strings made `null`.
+fn without_bare_floats(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    let mut rest = text;
+    let mut in_string = false;
+    while let Some(c) = rest.chars().next() {
+        let bare = ["NaN", "Infinity", "-Infinity"].into_iter().find(|w| rest.starts_with(w));
+        let taken = match (in_string, c, bare) {
+            (true, '\\', _) => 1 + rest[1..].chars().next().map_or(0, char::len_utf8),
+            (false, _, Some(word)) => {
+                out.push_str("null");
+                rest = &rest[word.len()..];
+                continue;
+            }
+            (_, '"', _) => {
+                in_string = !in_string;
+                1
+            }
+            _ => c.len_utf8(),
+        };
+        out.push_str(&rest[..taken]);
+        rest = &rest[taken..];
+    }
+    out
+}
 
 /// The text of a JSON object with top-level members removed and others appended.
 ///
