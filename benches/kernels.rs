@@ -1,7 +1,10 @@
-//! Prints how fast each scheme encodes, on one core, beside int4; surveys are counted apart.
+//! How fast each scheme encodes on one core, beside reading memory; surveys are counted apart.
 //!
-//! An argument picks the schemes whose names have it.
+//! `cargo bench --bench kernels`, or with `-- WORD` the schemes that have it in their names. What
+//! reads memory is a loop over lanes of u64, in the same run: machines that are shared are slower
+//! from one run to the next.
 
+use std::hint::black_box;
 use std::time::Instant;
 
 use aq_fs::dtype::Dtype;
@@ -71,8 +74,29 @@ fn rate(scheme: Scheme, isa: Isa, dtype: Dtype, bytes: &[u8]) -> f64 {
     bytes.len() as f64 / best
 }
 
+/// Bytes a second of a loop that adds up what it reads, of more than any cache holds: the best of
+/// many rounds.
+fn memory_rate() -> f64 {
+    const LANES: usize = 32;
+    let memory: Vec<u64> = (0..1 << 25).collect();
+    let mut best = f64::INFINITY;
+    for _ in 0..20 {
+        let start = Instant::now();
+        let mut sums = [0u64; LANES];
+        for lanes in black_box(&memory[..]).as_chunks::<LANES>().0 {
+            for (sum, lane) in sums.iter_mut().zip(lanes) {
+                *sum = sum.wrapping_add(*lane);
+            }
+        }
+        black_box(sums);
+        best = best.min(start.elapsed().as_secs_f64());
+    }
+    size_of_val(&memory[..]) as f64 / best
+}
+
 fn main() {
-    let wanted = std::env::args().nth(1).unwrap_or_default();
+    // `cargo bench` adds a flag of its own.
+    let wanted = std::env::args().skip(1).find(|arg| !arg.starts_with('-')).unwrap_or_default();
     let mut seed = 1u64;
     let mut uniform = || {
         seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
@@ -83,18 +107,23 @@ fn main() {
     let bf16: Vec<u8> =
         weight.iter().flat_map(|x| ((x.to_bits() >> 16) as u16).to_le_bytes()).collect();
     let f32s: Vec<u8> = weight.iter().flat_map(|x| x.to_le_bytes()).collect();
+    let memory = memory_rate();
+    println!("one core reads memory at {:.2} GB/s", memory / 1e9);
     for isa in Isa::available() {
         for (dtype, bytes) in [(Dtype::BF16, &bf16), (Dtype::F32, &f32s)] {
             for quality in [Quality::Reference, Quality::Search] {
                 let int4 = rate(schemes(quality)[0], isa, dtype, bytes);
-                println!("{} {dtype}", isa.name());
+                println!(
+                    "{} {dtype}: GB/s of source, of memory's rate, against int4's time",
+                    isa.name()
+                );
                 for scheme in schemes(quality) {
                     if !scheme.to_string().contains(&wanted) {
                         continue;
                     }
                     let rate = rate(scheme, isa, dtype, bytes);
-                    let gb = rate / 1e9;
-                    println!("  {gb:6.2} GB/s, int4's time x {:5.2}: {scheme}", int4 / rate);
+                    let (gb, share, times) = (rate / 1e9, rate / memory, int4 / rate);
+                    println!("  {gb:6.2}  {share:5.3}  x {times:5.2}  {scheme}");
                 }
             }
         }
