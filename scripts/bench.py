@@ -58,14 +58,16 @@ class Mount:
     def __init__(self, model, *flags, enter=None):
         self.point = pathlib.Path(tempfile.mkdtemp(prefix="aq-fs-bench-"))
         started = time.perf_counter()
-        subprocess.run([BIN, "mount", model, self.point, *flags], check=True, preexec_fn=enter)
+        # What it prints would stand in the table.
+        command = [BIN, "mount", model, self.point, *flags]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, preexec_fn=enter)
         self.seconds = time.perf_counter() - started
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        subprocess.run([BIN, "unmount", self.point], check=True)
+        subprocess.run([BIN, "unmount", self.point], check=True, stdout=subprocess.DEVNULL)
         self.point.rmdir()
 
     def status(self):

@@ -7,13 +7,13 @@ distance from the original is llm-compressor's. At `search` the logits must be a
 Every mount must also generate.
 """
 
-import subprocess
 import sys
-import tempfile
 
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+from mounted import decibels, mounted
 
 transformers.logging.disable_progress_bar()
 
@@ -50,16 +50,9 @@ def main():
         for dequantize in ways:
             distance = {}
             for quality in ("reference", "search"):
-                with tempfile.TemporaryDirectory() as mount:
-                    command = [binary, "mount", model, mount, *flags, "--quality", quality]
-                    subprocess.run(command, check=True, capture_output=True)
-                    try:
-                        config = CompressedTensorsConfig(dequantize=dequantize)
-                        found = logits(mount, tokens, quantization_config=config)
-                    finally:
-                        subprocess.run([binary, "unmount", mount], check=True, capture_output=True)
-                error = (found - original).pow(2).sum() / original.pow(2).sum()
-                distance[quality] = -10 * torch.log10(error).item()
+                with mounted(binary, model, *flags, "--quality", quality) as view:
+                    config = CompressedTensorsConfig(dequantize=dequantize)
+                    distance[quality] = decibels(original, logits(view, tokens, quantization_config=config))
             better = distance["search"] >= distance["reference"]
             failed += not better
             print(

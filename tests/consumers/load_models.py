@@ -20,7 +20,6 @@ COMPRESSED).
 import argparse
 import contextlib
 import json
-import math
 import os
 import re
 import shutil
@@ -41,6 +40,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, CompressedTensorsConfig
 
 from build_models import inputs
+from mounted import decibels, mounted
 
 transformers.logging.disable_progress_bar()
 logger.disable("compressed_tensors")
@@ -65,18 +65,14 @@ TOWERS = re.compile(r"(^|\.)(vision_tower|visual|multi_modal_projector)\.")
 @contextlib.contextmanager
 def quantized(binary, model, flags, export):
     """The directory that shows `model` quantized."""
+    if not export:
+        with mounted(binary, model, *flags) as view:
+            yield view
+        return
     with tempfile.TemporaryDirectory() as scratch:
         out = os.path.join(scratch, "out")
-        if export:
-            subprocess.run([binary, "export", model, out, *flags], check=True, capture_output=True)
-            yield out
-            return
-        os.mkdir(out)
-        subprocess.run([binary, "mount", model, out, *flags], check=True, capture_output=True)
-        try:
-            yield out
-        finally:
-            subprocess.run([binary, "unmount", out], check=True, capture_output=True)
+        subprocess.run([binary, "export", model, out, *flags], check=True, capture_output=True)
+        yield out
 
 
 def tensors(directory):
@@ -146,13 +142,7 @@ def outputs(model, fed):
         for key, value in found.items()
         if isinstance(value, torch.Tensor) and value.is_floating_point() and key != "loss"
     ]
-    return torch.cat(flat)
-
-
-def decibels(signal, noisy):
-    error = (signal - noisy).double().pow(2).sum().item()
-    power = signal.double().pow(2).sum().item()
-    return math.inf if error == 0 else 10 * math.log10(power / error) if power else -math.inf
+    return torch.cat(flat).double()
 
 
 def eligible(model, group):
@@ -247,6 +237,8 @@ def main():
                 )
             except subprocess.CalledProcessError as error:
                 complaints, note = [error.stderr.decode().strip()], ""
+            except RuntimeError as error:
+                complaints, note = [str(error)], ""
             failed += bool(complaints)
             print(f"{'FAIL' if complaints else 'ok'} {directory.name} {bits} bits: {note}", flush=True)
             for complaint in complaints:
