@@ -195,6 +195,36 @@ fn a_shard_truncated_while_it_is_mapped_gives_errors_and_spares_the_others() {
 }
 
 #[test]
+fn a_quantized_model_is_mounted_as_plain_numbers_as_long_as_its_codes_are_there() {
+    let place = Place::new();
+    let quantized = place.dir("fp8");
+    for (path, bytes) in expected(&support::llama(&place.path("model")), "fp8-block") {
+        fs::write(quantized.join(path), bytes).expect("written");
+    }
+    let expected = expected(&quantized, "dense");
+    let mount = place.mount(&quantized, "plain", &["--format", "dense"]);
+    for (path, bytes) in &expected {
+        assert!(fs::read(mount.mountpoint.join(path)).expect("read") == *bytes, "{path:?}");
+    }
+    let config = String::from_utf8(expected[Path::new("config.json")].clone()).expect("UTF-8");
+    assert!(!config.contains("quantization_config"), "{config}");
+    let (shown, stored) = (expected[Path::new(SHARDS[1])].len() as u64, quantized.join(SHARDS[1]));
+    assert!(shown > stored.metadata().expect("known").len());
+
+    File::options()
+        .write(true)
+        .open(stored)
+        .and_then(|source| source.set_len(5000))
+        .expect("truncated");
+    let mut page = [0; 4096];
+    let file = mount.file(SHARDS[1]);
+    rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).expect("advised");
+    let error = file.read_at(&mut page, shown / 2).expect_err("the source is gone");
+    assert_eq!(error.raw_os_error(), Some(libc::EIO));
+    assert_eq!(place.status(&mount.mountpoint)["state"], "mounted");
+}
+
+#[test]
 fn metadata_is_answered_while_every_read_waits_for_a_source_that_has_stalled() {
     let place = Place::new();
     let model = support::llama(&place.path("model"));

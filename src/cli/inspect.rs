@@ -169,7 +169,9 @@ fn tensor_table(model: &Model) -> String {
             bytes(shown_len(model, &items)),
             match decision {
                 Decision::Quantize(scheme) => scheme.to_string(),
-                Decision::Keep { reason, .. } => format!("kept: {reason}"),
+                Decision::Keep { reason, .. } => {
+                    format!("{}: {reason}", if tensor.is_plain() { "kept" } else { "decoded" })
+                }
             },
         ]);
     }

@@ -36,3 +36,4 @@ load "${some[@]}" --set '*.down_proj=8' --set '*.v_proj=6/channel' --set '*.expe
 "$python" tests/consumers/mlx_formats.py "$bin" tests/fixtures/llama-bf16
 "$python" tests/consumers/mixtures.py "$bin" "$models"
 "$python" tests/consumers/mlx_mixtures.py "$bin" "$models"
+"$python" tests/consumers/mistral.py "$bin" tests/fixtures/llama-bf16

@@ -11,7 +11,14 @@ use crate::source::elements::{F4, F8_E4M3, F8_E8M0, f16};
 const TILE: usize = 512;
 
 /// Rows and columns of a transposed tensor that are decoded at a time.
-const SQUARE: (u64, u64) = (32, 128);
+const SQUARE: (u64, u64) = (32, TILE as u64);
+
+/// Columns of that are made rows at a time.
+const COLUMNS: usize = 8;
+
+/// Elements of a row of the buffer for that: not a power of two, so that a column's elements don't
+/// compete for the same places in the cache.
+const PITCH: usize = TILE + 32;
 
 /// Decodes a rectangle of stored codes into `out` in elements of `dtype`. The logical rows that it
 /// makes start `stride` elements apart. `operands` are the bytes that [`Coded::ranges`] names.
@@ -145,22 +152,32 @@ impl Decode<'_> {
 
     /// A stored rectangle with its rows as columns.
     fn transposed<const SIZE: usize>(&self, rect: &Rect, out: &mut [u8], stride: usize) {
-        let mut square = vec![0; (SQUARE.0 * SQUARE.1) as usize * SIZE];
+        let mut square = vec![[0; SIZE]; SQUARE.0 as usize * PITCH];
         for top in rect.rows.clone().step_by(SQUARE.0 as usize) {
             let height = SQUARE.0.min(rect.rows.end - top) as usize;
             for left in rect.cols.clone().step_by(SQUARE.1 as usize) {
                 let width = SQUARE.1.min(rect.cols.end - left) as usize;
-                let line = width * SIZE;
-                for (i, row) in square.chunks_exact_mut(line).take(height).enumerate() {
-                    self.row(top + i as u64, &(left..left + width as u64), row);
+                for (row, line) in (top..).zip(square.chunks_exact_mut(PITCH)).take(height) {
+                    let line = line[..width].as_flattened_mut();
+                    self.row(row, &(left..left + width as u64), line);
                 }
-                let (square, _) = square.as_chunks::<SIZE>();
-                for j in 0..width {
-                    let place = (left - rect.cols.start) as usize + j;
-                    let at = place * stride + (top - rect.rows.start) as usize;
-                    let (out, _) = out[at * SIZE..][..height * SIZE].as_chunks_mut::<SIZE>();
-                    for (i, out) in out.iter_mut().enumerate() {
-                        *out = square[i * width + j];
+                let first = (left - rect.cols.start) as usize * stride;
+                let first = first + (top - rect.rows.start) as usize;
+                // A few columns at a time, which lie next to one another in a row.
+                for j in (0..width).step_by(COLUMNS) {
+                    let n = COLUMNS.min(width - j);
+                    let mut columns = [[[0; SIZE]; SQUARE.0 as usize]; COLUMNS];
+                    for (i, line) in square.chunks_exact(PITCH).take(height).enumerate() {
+                        let elements: &[[u8; SIZE]; COLUMNS] =
+                            line[j..].first_chunk().expect("lines have room beyond a tile");
+                        for (column, element) in columns.iter_mut().zip(elements) {
+                            column[i] = *element;
+                        }
+                    }
+                    for (k, column) in columns.iter().take(n).enumerate() {
+                        let at = (first + (j + k) * stride) * SIZE;
+                        out[at..at + height * SIZE]
+                            .copy_from_slice(column[..height].as_flattened());
                     }
                 }
             }
@@ -182,7 +199,19 @@ impl Decode<'_> {
         let base = row * self.coded.scale_cols();
         let mut col = run.start / width;
         let mut rest = out;
-        let mut len = ((col + 1) * width - run.start) as usize;
+        // Small blocks in loops of a known length.
+        if run.start.is_multiple_of(width) {
+            let number = |col| number(row, col, base + col);
+            let done = match width {
+                16 => fill::<16>(rest, col, number),
+                32 => fill::<32>(rest, col, number),
+                64 => fill::<64>(rest, col, number),
+                _ => 0,
+            };
+            rest = &mut rest[done * width as usize..];
+            col += done as u64;
+        }
+        let mut len = (width - run.start % width) as usize;
         while !rest.is_empty() {
             let (block, after) = rest.split_at_mut(len.min(rest.len()));
             block.fill(number(row, col, base + col));
@@ -245,6 +274,16 @@ impl Decode<'_> {
     }
 }
 
+/// Fills whole blocks of `N` with a number for each, and returns how many there were.
+#[inline(always)]
+fn fill<const N: usize>(out: &mut [f32], first: u64, number: impl Fn(u64) -> f32) -> usize {
+    let (blocks, _) = out.as_chunks_mut::<N>();
+    for (col, block) in (first..).zip(blocks.iter_mut()) {
+        *block = [number(col); N];
+    }
+    blocks.len()
+}
+
 /// The values of codes from column `first` on, of which `bytes` are the units.
 #[inline(always)]
 fn unpack(unit: Unit, table: &Table, bytes: &[u8], first: u64, out: &mut [f32]) {
@@ -272,6 +311,16 @@ fn unpack(unit: Unit, table: &Table, bytes: &[u8], first: u64, out: &mut [f32]) 
                 *value = table[usize::from(bytes[whole])][0];
             }
         }
+        Table::One(table) if unit == Unit::dense(unit.bits) && first.is_multiple_of(8) => {
+            match unit.bits {
+                1 => unpack_dense::<1>(table, bytes, out),
+                2 => unpack_dense::<2>(table, bytes, out),
+                3 => unpack_dense::<3>(table, bytes, out),
+                5 => unpack_dense::<5>(table, bytes, out),
+                6 => unpack_dense::<6>(table, bytes, out),
+                _ => unpack_dense::<7>(table, bytes, out),
+            }
+        }
         Table::One(table) => {
             let codes = usize::from(unit.codes);
             let mask = (1 << unit.bits) - 1;
@@ -289,6 +338,29 @@ fn unpack(unit: Unit, table: &Table, bytes: &[u8], first: u64, out: &mut [f32]) 
                 (skip, rest) = (0, after);
             }
         }
+    }
+}
+
+/// The values of codes of `BITS` bits that follow one another from the first bit on.
+#[inline(always)]
+fn unpack_dense<const BITS: usize>(table: &[f32; 256], bytes: &[u8], out: &mut [f32]) {
+    let word = |bytes: &[u8]| {
+        let mut word = [0; 8];
+        word[..bytes.len()].copy_from_slice(bytes);
+        u64::from_le_bytes(word)
+    };
+    let value = |word: u64, i: usize| table[(word >> (i * BITS)) as usize & ((1 << BITS) - 1)];
+    let (units, rest) = bytes.as_chunks::<BITS>();
+    let (whole, last) = out.as_chunks_mut::<8>();
+    for (out, unit) in whole.iter_mut().zip(units) {
+        let word = word(unit);
+        *out = std::array::from_fn(|i| value(word, i));
+    }
+    // The end of a row may be cut in the middle of a unit.
+    let tail = units.get(whole.len()).map_or(rest, |unit| unit);
+    let word = word(tail);
+    for (i, out) in last.iter_mut().enumerate() {
+        *out = value(word, i);
     }
 }
 
