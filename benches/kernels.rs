@@ -11,7 +11,7 @@ use aq_fs::dtype::Dtype;
 use aq_fs::quant::{
     AffineScheme, Codebook, CodebookScheme, Fp8Grain, Fp8Scale, Fp8Scheme, Granularity, IntScheme,
     Isa, LlmInt8Scheme, MicroDialect, MicroFloat, MicroScheme, Packing, Quality, Reals, Scheme,
-    Storage, Survey, Tile,
+    Storage, Survey, Tile, TransposedOrder, TransposedScheme,
 };
 
 const ROWS: usize = 256;
@@ -51,6 +51,18 @@ fn schemes(quality: Quality) -> Vec<Scheme> {
         out.push(Scheme::Codebook(CodebookScheme { codebook, block_size, storage, quality }));
     }
     out.push(Scheme::LlmInt8(LlmInt8Scheme));
+    for (bits, order, symmetric) in [
+        (4, TransposedOrder::GptqV1, true),
+        (2, TransposedOrder::GptqV1, true),
+        (3, TransposedOrder::GptqV1, true),
+        (8, TransposedOrder::GptqV1, true),
+        (4, TransposedOrder::GptqV1, false),
+        (4, TransposedOrder::AwqGemm, false),
+    ] {
+        let granularity = Granularity::Group(128);
+        let scheme = TransposedScheme { bits, granularity, symmetric, order, quality };
+        out.push(Scheme::Transposed(scheme));
+    }
     out
 }
 

@@ -94,7 +94,9 @@ fn main() {
         "GB/s of source ({} MiB), best of {ROUNDS}: one thread, {cores} threads",
         source >> 20
     );
-    for format in FORMATS.iter().filter(|format| format.name().contains(&wanted)) {
+    // gpt-oss's own format takes no Llama.
+    let takes = |name: &str| name.contains(&wanted) && !support::is_for_gpt_oss(name);
+    for format in FORMATS.iter().filter(|format| takes(format.name())) {
         for quality in [Quality::Reference, Quality::Search] {
             let format = format.name().to_owned();
             let request = Request { format: format.clone(), quality, ..Request::default() };

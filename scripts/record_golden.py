@@ -4,8 +4,9 @@
     record_golden.py CHECKPOINT... > tests/fixtures/golden.json
     record_golden.py --casts CHECKPOINT... > tests/fixtures/golden_casts.json
 
-Each CHECKPOINT is a directory that a format's own tool wrote from tests/fixtures/llama-bf16. The
-digest is the SHA-256 of the tensor's bytes. Needs nothing but Python.
+Each CHECKPOINT is a directory that a format's own tool wrote from tests/fixtures/llama-bf16. One
+that gpt-oss stores its experts in is from gptoss-bf16, the mixture of a small gpt-oss's first layer.
+The digest is the SHA-256 of the tensor's bytes. Needs nothing but Python.
 
 With --casts, for the many that make_golden.py writes from other element types, there is one digest
 for all tensors whose names end alike: of their lines "name dtype d0,d1 digest", sorted by name.

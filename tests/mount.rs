@@ -76,13 +76,16 @@ fn files_below(dir: &Path) -> Vec<PathBuf> {
 #[test]
 fn many_readers_at_once_see_the_bytes_of_the_view_however_they_read() {
     let place = Place::new();
-    let models = place.dir("models");
-    support::llama(&models.join("a"));
-    support::llama(&models.join("b"));
+    let (llamas, gpt_osses) = (place.dir("llamas"), place.dir("gpt-osses"));
+    for name in ["a", "b"] {
+        support::llama(&llamas.join(name));
+        support::gpt_oss(&gpt_osses.join(name));
+    }
     for format in FORMATS {
+        let models = if support::is_for_gpt_oss(format.name()) { &gpt_osses } else { &llamas };
         let flags = ["--format", format.name(), "--quality", "reference", "--cache-size", "1M"];
-        let mount = place.mount(&models, format.name(), &flags);
-        let expected = expected(&models, format.name());
+        let mount = place.mount(models, format.name(), &flags);
+        let expected = expected(models, format.name());
         assert_eq!(files_below(&mount.mountpoint), expected.keys().cloned().collect::<Vec<_>>());
         std::thread::scope(|scope| {
             for reader in 0..16u64 {

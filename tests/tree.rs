@@ -132,7 +132,7 @@ fn headers_and_indexes_are_the_same_at_every_offset_and_to_every_reader() {
         ("model-00002-of-00002.safetensors", experts(190..199).collect::<Vec<_>>()),
     ];
     support::write_checkpoint(dir.path(), &shards, &json!({ "model_type": "deepseek_v3" }));
-    for format in FORMATS {
+    for format in FORMATS.iter().filter(|format| !support::is_for_gpt_oss(format.name())) {
         let request = Request { format: format.name().to_owned(), ..Request::default() };
         let open = || View::open(dir.path(), &request, Budget::default()).expect("a view");
         let view = open();
@@ -322,7 +322,8 @@ fn a_weight_with_a_nan_or_an_infinity_is_named_once() {
     let shards = [("model-00001-of-00001.safetensors", tensors)];
     support::write_checkpoint(dir.path(), &shards, &json!({"model_type": "llama"}));
     let plain = Request { format: "dense".into(), dtype: Some(Real::F32), ..Request::default() };
-    let quantized = FORMATS.iter().map(|format| format.name()).filter(|name| *name != "dense");
+    let quantizes = |name: &&str| *name != "dense" && !support::is_for_gpt_oss(name);
+    let quantized = FORMATS.iter().map(|format| format.name()).filter(quantizes);
     let requests = quantized
         .map(|name| Request { format: name.to_owned(), ..Request::default() })
         .chain([plain]);
@@ -369,4 +370,30 @@ fn what_is_no_model_is_refused() {
     refuse(&dir.path().join("config.json"), ErrorKind::Unsupported, "neither a model directory");
     fs::write(dir.path().join("model.safetensors"), [9, 0, 0, 0, 0, 0, 0, 0]).expect("written");
     refuse(dir.path(), ErrorKind::Corrupt, "model.safetensors: the header claims 9 bytes");
+}
+
+#[test]
+fn gpt_oss_s_own_format_is_refused_for_other_models() {
+    let dir = tempfile::tempdir().expect("a directory");
+    support::llama(dir.path());
+    let request = Request { format: "mxfp4".into(), ..Request::default() };
+    let error = View::open(dir.path(), &request, Budget::default()).expect_err("refused");
+    assert_eq!(error.kind(), ErrorKind::Unsupported);
+    assert!(error.to_string().contains("of a llama: --format ct-mxfp4"), "{error}");
+}
+
+#[test]
+fn fused_experts_that_are_kept_are_told_with_their_share() {
+    let dir = tempfile::tempdir().expect("a directory");
+    support::gpt_oss(dir.path());
+    let warned = |request: &Request| {
+        let view = View::open(dir.path(), request, Budget::default()).expect("a view");
+        let mut warnings = view.warnings().iter();
+        warnings.find(|warning| warning.contains("experts fused")).cloned()
+    };
+    let request = Request { format: "gptq".into(), ..Request::default() };
+    let warning = warned(&request).expect("a warning");
+    assert!(warning.contains("are kept, 80.4%"), "{warning}");
+    assert!(warning.contains(" of all weights: --format mxfp4"), "{warning}");
+    assert_eq!(warned(&Request { format: "mxfp4".into(), ..request }), None);
 }

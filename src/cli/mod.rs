@@ -355,7 +355,9 @@ impl BudgetArgs {
     fn budget(&self) -> Budget {
         let budget = Budget::default();
         let cache = self.cache_size.unwrap_or_else(|| budget.cache.min(memory::limit() / 8));
-        Budget { cache, ..budget }
+        // A chunk that fills the cache would push out all others.
+        let chunk = budget.chunk.min((cache / 16).max(64 << 10));
+        Budget { cache, chunk, ..budget }
     }
 }
 

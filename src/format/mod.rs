@@ -4,14 +4,17 @@
 //! where their bytes come from, and what `config.json` declares. Planning is pure; no weight is
 //! read.
 
+mod awq;
 mod bitsandbytes;
 mod compressed_tensors;
 mod ct_config;
 mod ct_float;
 mod dense;
 mod fp8_block;
+mod gptq;
 mod mlx;
 mod mlx_mixtures;
+mod mxfp4;
 mod skip;
 mod takes;
 
@@ -88,6 +91,10 @@ pub static FORMATS: &[&dyn Format] = &[
     &mlx::MXFP8,
     &mlx::NVFP4,
     &fp8_block::Fp8Block,
+    &gptq::V1,
+    &gptq::V2,
+    &awq::Awq,
+    &mxfp4::Mxfp4,
 ];
 
 /// The format of that name.
@@ -186,7 +193,8 @@ pub struct Stack {
 pub struct Item {
     /// The source tensor that it comes from, and whose shard shows it.
     pub tensor: TensorId,
-    /// What follows its module and a dot in its name; the source tensor's own name where `None`.
+    /// What follows its module and a dot in its name or, where it begins with an underscore, the
+    /// source tensor's own name; just that name where `None`.
     pub suffix: Option<&'static str>,
     /// Where its bytes come from.
     pub content: Content,
@@ -360,25 +368,28 @@ impl Plan {
         }
     }
 
-    /// The name of an item, the suffix with the dot before it apart.
+    /// The name of an item in three parts: the source's, what joins them, and the suffix.
     pub fn name_parts<'a>(
         &'a self,
         catalog: &'a Catalog,
         item: &Item,
-    ) -> (&'a str, Option<&'static str>) {
+    ) -> (&'a str, &'static str, &'static str) {
         let name = catalog[item.tensor].name.as_str();
         match (item.suffix, &item.content) {
-            (None, _) => (name, None),
-            (suffix, Content::Stacked { stack, .. }) => (&self.stacks[*stack].module, suffix),
-            (suffix, _) => (module_of(name), suffix),
+            (None, _) => (name, "", ""),
+            (Some(suffix), Content::Stacked { stack, .. }) => {
+                (&self.stacks[*stack].module, ".", suffix)
+            }
+            (Some(suffix), _) if suffix.starts_with('_') => (name, "", suffix),
+            (Some(suffix), _) => (module_of(name), ".", suffix),
         }
     }
 
     /// The name of an item.
     pub fn name<'a>(&'a self, catalog: &'a Catalog, item: &Item) -> Cow<'a, str> {
         match self.name_parts(catalog, item) {
-            (name, None) => name.into(),
-            (module, Some(suffix)) => format!("{module}.{suffix}").into(),
+            (name, _, "") => name.into(),
+            (name, joint, suffix) => format!("{name}{joint}{suffix}").into(),
         }
     }
 

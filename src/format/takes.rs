@@ -34,6 +34,8 @@ pub enum Grain {
     Channel,
     /// Groups of these sizes.
     Groups(&'static [u32]),
+    /// Groups of these sizes, and channels.
+    GroupsOrChannel(&'static [u32]),
     /// Flat blocks of these sizes.
     FlatBlocks(&'static [u32]),
     /// Squares of this side.
@@ -50,7 +52,9 @@ impl Takes {
     pub(super) fn granularity(&self, request: &Request) -> Granularity {
         request.granularity.unwrap_or(match self.grain {
             Grain::Any(size) | Grain::Squares(size) => Granularity::Group(size),
-            Grain::Groups(sizes) | Grain::FlatBlocks(sizes) => Granularity::Group(sizes[0]),
+            Grain::Groups(sizes) | Grain::GroupsOrChannel(sizes) | Grain::FlatBlocks(sizes) => {
+                Granularity::Group(sizes[0])
+            }
             Grain::Tensor | Grain::Channel | Grain::None => Granularity::Channel,
         })
     }
@@ -88,6 +92,10 @@ impl Takes {
                 Grain::Tensor => (false, "a whole weight".to_owned()),
                 Grain::Channel => (asked == Granularity::Channel, "a whole channel".to_owned()),
                 Grain::Groups(sizes) => (among(sizes), format!("groups of {}", either(sizes))),
+                Grain::GroupsOrChannel(sizes) => (
+                    asked == Granularity::Channel || among(sizes),
+                    format!("groups of {}, or a whole channel", either(sizes)),
+                ),
                 Grain::FlatBlocks(sizes) => (among(sizes), format!("blocks of {}", either(sizes))),
                 Grain::Squares(side) => (among(&[side]), format!("blocks of {side} x {side}")),
             };
@@ -123,6 +131,7 @@ impl fmt::Display for Grain {
             Self::Tensor => f.write_str("tensor"),
             Self::Channel => f.write_str("channel"),
             Self::Groups(sizes) => write!(f, "group of {}", ranges(sizes)),
+            Self::GroupsOrChannel(sizes) => write!(f, "group of {}, channel", ranges(sizes)),
             Self::FlatBlocks(sizes) => write!(f, "flat block of {}", ranges(sizes)),
             Self::Squares(side) => write!(f, "{side} × {side}"),
         }

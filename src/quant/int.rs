@@ -22,7 +22,7 @@ use crate::dtype::Dtype;
 use super::grid::Grid;
 use super::isa::{Isa, Kernel};
 use super::pack::{pack, pack_down, packed_len, unpack, word_of};
-use super::search::Search;
+use super::search::{Search, Tool};
 use super::shape::{assert_lengths, bands, grouped, matrix, part};
 use super::tile::{Element, Extremes, Tile, for_element};
 use super::{Part, Quality, Role};
@@ -204,6 +204,11 @@ impl Codes {
         Self { low: -half, high: half - 1.0, offset }
     }
 
+    /// Those of `bits` bits, stored without a sign.
+    pub(super) fn offset(bits: u8) -> Self {
+        Self::new(bits, Packing::Packed32)
+    }
+
     /// The number of steps from lowest to highest.
     pub(super) fn steps(self) -> f32 {
         self.high - self.low
@@ -272,7 +277,8 @@ impl<E: Element> Kernel for Encode<'_, E> {
         for (r, (codes, scales)) in rows.zip(scales).enumerate() {
             let row = &self.source[r * self.stride..][..self.cols];
             if let Some(search) = &mut search {
-                search.encode_row::<E>(row, &mut row_codes[..self.cols], &mut row_fits);
+                let codes = &mut row_codes[..self.cols];
+                search.encode_row::<E, CompressedTensors>(row, codes, &mut row_fits);
             } else {
                 let groups = row.chunks_exact(self.group).zip(&mut row_fits);
                 for ((group, fit), out) in groups.zip(row_codes.chunks_exact_mut(self.group)) {
@@ -309,53 +315,62 @@ fn encode_group<E: Element>(
     group: &[E::Raw],
     out: &mut [u8],
 ) -> Fit {
-    let fit = fit::<E>(range, symmetric, E::extremes(group));
-    codes::<E>(range, symmetric, fit, group, out);
+    let fit = CompressedTensors::fit::<E>(range, symmetric, E::extremes(group));
+    CompressedTensors::codes::<E>(range, symmetric, fit, group, out);
     fit
 }
 
-/// Scale and zero point of a group, as compressed-tensors chooses them.
-#[inline(always)]
-pub(super) fn fit<E: Element>(range: Codes, symmetric: bool, extremes: Extremes) -> Fit {
-    let (scale, zero_point) = if symmetric {
-        (E::round(extremes.magnitude() / (range.steps() / 2.0)), 0.0)
-    } else {
-        let Extremes { min, max } = extremes;
-        let scale = E::round(E::round(max - min) / range.steps());
-        let zero = E::round(range.low - E::round(min / scale));
-        (scale, if zero.is_nan() { 0.0 } else { range.clamp(zero).round_ties_even() })
-    };
-    Fit { scale: if scale == 0.0 { E::EPSILON } else { scale }, zero_point }
-}
+/// How compressed-tensors rounds to nearest.
+#[derive(Clone, Copy, Debug)]
+struct CompressedTensors;
 
-/// Codes of a group, as compressed-tensors computes them.
-#[inline(always)]
-pub(super) fn codes<E: Element>(
-    range: Codes,
-    symmetric: bool,
-    Fit { scale, zero_point }: Fit,
-    group: &[E::Raw],
-    out: &mut [u8],
-) {
-    if !MODERATE.contains(&scale) {
-        for (&raw, out) in group.iter().zip(out) {
-            let x = E::round(E::widen(raw) / scale);
-            let x = if symmetric { x } else { E::round(x + zero_point) };
-            *out = range.byte(if x.is_nan() { 0.0 } else { range.clamp(x) });
-        }
-        return;
+impl Tool for CompressedTensors {
+    #[inline(always)]
+    fn fit<E: Element>(range: Codes, symmetric: bool, extremes: Extremes) -> Fit {
+        let (scale, zero_point) = if symmetric {
+            (E::round(extremes.magnitude() / (range.steps() / 2.0)), 0.0)
+        } else {
+            let Extremes { min, max } = extremes;
+            let scale = E::round(E::round(max - min) / range.steps());
+            let zero = E::round(range.low - E::round(min / scale));
+            (scale, if zero.is_nan() { 0.0 } else { range.clamp(zero).round_ties_even() })
+        };
+        Fit { scale: if scale == 0.0 { E::EPSILON } else { scale }, zero_point }
     }
-    let reciprocal = 1.0 / scale;
-    if symmetric {
-        for (&raw, out) in group.iter().zip(out) {
-            let x = E::quotient(E::widen(raw), scale, reciprocal);
-            *out = range.byte(range.clamp(x));
+
+    #[inline(always)]
+    fn codes<E: Element>(
+        range: Codes,
+        symmetric: bool,
+        Fit { scale, zero_point }: Fit,
+        group: &[E::Raw],
+        out: &mut [u8],
+    ) {
+        if !MODERATE.contains(&scale) {
+            for (&raw, out) in group.iter().zip(out) {
+                let x = E::round(E::widen(raw) / scale);
+                let x = if symmetric { x } else { E::round(x + zero_point) };
+                *out = range.byte(if x.is_nan() { 0.0 } else { range.clamp(x) });
+            }
+            return;
         }
-    } else {
-        for (&raw, out) in group.iter().zip(out) {
-            let x = E::quotient(E::widen(raw), scale, reciprocal);
-            *out = range.byte(range.clamp(E::round_moderate(x + zero_point)));
+        let reciprocal = 1.0 / scale;
+        if symmetric {
+            for (&raw, out) in group.iter().zip(out) {
+                let x = E::quotient(E::widen(raw), scale, reciprocal);
+                *out = range.byte(range.clamp(x));
+            }
+        } else {
+            for (&raw, out) in group.iter().zip(out) {
+                let x = E::quotient(E::widen(raw), scale, reciprocal);
+                *out = range.byte(range.clamp(E::round_moderate(x + zero_point)));
+            }
         }
+    }
+
+    #[inline(always)]
+    fn stored<E: Element>(scale: f32) -> f32 {
+        E::round(scale)
     }
 }
 

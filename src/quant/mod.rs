@@ -10,6 +10,7 @@ mod affine_search;
 mod cast;
 mod codebook;
 mod codebook_search;
+mod experts;
 mod fp8;
 mod grid;
 mod int;
@@ -27,12 +28,14 @@ mod survey;
 #[cfg(test)]
 mod tests;
 mod tile;
+mod transposed;
 
 use crate::dtype::{Dtype, byte_len};
 
 pub use affine::AffineScheme;
 pub use cast::CastScheme;
 pub use codebook::{Codebook, CodebookScheme, Storage};
+pub use experts::ExpertsScheme;
 pub use fp8::{Fp8Grain, Fp8Scale, Fp8Scheme};
 pub use grid::{Axis, Grid, PartBytes, Window};
 pub use int::{Granularity, IntScheme, Packing};
@@ -41,6 +44,7 @@ pub use llm_int8::LlmInt8Scheme;
 pub use micro::{MicroDialect, MicroFloat, MicroScheme};
 pub use survey::Survey;
 pub use tile::{Real, Reals, Tile};
+pub use transposed::{TransposedOrder, TransposedScheme};
 
 /// How much work goes into the choice of a scale. Never changes shapes or layout.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -68,6 +72,10 @@ pub enum Scheme {
     LlmInt8(LlmInt8Scheme),
     /// The same numbers in another type.
     Cast(CastScheme),
+    /// Integers, transposed, with a scale and a zero point per group or channel.
+    Transposed(TransposedScheme),
+    /// Small floats of stacked experts, transposed.
+    Experts(ExpertsScheme),
 }
 
 /// What a part of a quantized weight holds.
@@ -119,6 +127,8 @@ impl Scheme {
             Self::Codebook(scheme) => scheme.accepts(dtype, shape),
             Self::LlmInt8(scheme) => scheme.accepts(dtype, shape),
             Self::Cast(scheme) => scheme.accepts(dtype, shape),
+            Self::Transposed(scheme) => scheme.accepts(dtype, shape),
+            Self::Experts(scheme) => scheme.accepts(dtype, shape),
         }
     }
 
@@ -132,6 +142,8 @@ impl Scheme {
             Self::Codebook(scheme) => scheme.parts(dtype, shape),
             Self::LlmInt8(scheme) => scheme.parts(shape),
             Self::Cast(scheme) => scheme.parts(shape),
+            Self::Transposed(scheme) => scheme.parts(dtype, shape),
+            Self::Experts(scheme) => scheme.parts(shape),
         }
     }
 
@@ -145,6 +157,8 @@ impl Scheme {
             Self::Codebook(scheme) => scheme.grid(dtype, shape, source_bytes),
             Self::LlmInt8(scheme) => scheme.grid(dtype, shape, source_bytes),
             Self::Cast(scheme) => scheme.grid(dtype, shape, source_bytes),
+            Self::Transposed(scheme) => scheme.grid(dtype, shape, source_bytes),
+            Self::Experts(scheme) => scheme.grid(dtype, shape, source_bytes),
         }
     }
 
@@ -194,6 +208,8 @@ impl Scheme {
             Self::Codebook(scheme) => scheme.encode(isa, tile, out),
             Self::LlmInt8(scheme) => scheme.encode(isa, tile, out),
             Self::Cast(scheme) => scheme.encode(isa, tile, out),
+            Self::Transposed(scheme) => scheme.encode(isa, tile, out),
+            Self::Experts(scheme) => scheme.encode(isa, tile, out),
         }
     }
 
@@ -219,6 +235,8 @@ impl Scheme {
             Self::Codebook(scheme) => scheme.decode(dtype, (rows, cols), parts, out),
             Self::LlmInt8(scheme) => scheme.decode(dtype, (rows, cols), parts, out),
             Self::Cast(scheme) => scheme.decode(dtype, (rows, cols), parts, out),
+            Self::Transposed(scheme) => scheme.decode(dtype, (rows, cols), parts, out),
+            Self::Experts(scheme) => scheme.decode(dtype, (rows, cols), parts, out),
         }
     }
 }
@@ -227,7 +245,10 @@ impl std::fmt::Display for Scheme {
     /// As `int4, groups of 128, symmetric, search`.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let quality = match self {
-            Self::Int(IntScheme { bits, granularity, symmetric, quality, .. }) => {
+            Self::Int(IntScheme { bits, granularity, symmetric, quality, .. })
+            | Self::Transposed(TransposedScheme {
+                bits, granularity, symmetric, quality, ..
+            }) => {
                 write!(f, "int{bits}, ")?;
                 match granularity {
                     Granularity::Group(size) => write!(f, "groups of {size}, ")?,
@@ -263,6 +284,10 @@ impl std::fmt::Display for Scheme {
                 })?;
                 write!(f, ", flat blocks of {block_size}")?;
                 Some(quality)
+            }
+            Self::Experts(scheme) => {
+                f.write_str("E2M1, groups of 32")?;
+                Some(&scheme.quality)
             }
             Self::LlmInt8(_) => {
                 f.write_str("int8, per channel")?;

@@ -13,8 +13,8 @@
 //! replaces. From 6 bits on a stored scale is too coarse to be refitted, and all candidates are
 //! measured as stored.
 
-use super::int::{Codes, Fit, MODERATE, codes, fit};
-use super::tile::Element;
+use super::int::{Codes, Fit, MODERATE};
+use super::tile::{Element, Extremes};
 
 /// Squared errors are summed over this many lanes, whatever the instruction set.
 const LANES: usize = 32;
@@ -31,6 +31,18 @@ const BATCH: usize = 2048;
 /// Added to an f32 below 2^22, leaves the nearest integer (ties to even) in the lowest bits.
 const ROUNDING: f32 = 12_582_912.0;
 
+/// The tool whose bytes a scheme has at reference quality; what it does is the search's first guess.
+pub(super) trait Tool {
+    /// Scale and zero point of a group.
+    fn fit<E: Element>(range: Codes, symmetric: bool, extremes: Extremes) -> Fit;
+
+    /// Codes of a group, stored as bytes.
+    fn codes<E: Element>(range: Codes, symmetric: bool, fit: Fit, group: &[E::Raw], out: &mut [u8]);
+
+    /// What is left of a scale when it is stored.
+    fn stored<E: Element>(scale: f32) -> f32;
+}
+
 /// The search for scales and zero points, with its memory.
 ///
 /// Groups go through its steps some at a time, so that a step's groups, which do not depend on one
@@ -39,6 +51,8 @@ const ROUNDING: f32 = 12_582_912.0;
 pub(super) struct Search {
     range: Codes,
     symmetric: bool,
+    /// The smallest zero point there is.
+    lowest_zero: f32,
     /// Weights of a group.
     len: usize,
     /// Where to clip a group.
@@ -116,6 +130,7 @@ impl Search {
         Self {
             range,
             symmetric,
+            lowest_zero: range.low,
             len,
             clips,
             // A code less its zero point is at most 16, for the sums.
@@ -129,9 +144,16 @@ impl Search {
         }
     }
 
+    /// The search, less zero points of the smallest code.
+    pub(super) fn without_lowest_zero(mut self) -> Self {
+        self.lowest_zero += 1.0;
+        self
+    }
+
     /// Encodes the groups of a row: their codes into `out`, scales and zero points into `fits`.
+    /// Scales of groups that can't be searched are as the tool has them before they are stored.
     #[inline(always)]
-    pub(super) fn encode_row<E: Element>(
+    pub(super) fn encode_row<E: Element, T: Tool>(
         &mut self,
         row: &[E::Raw],
         out: &mut [u8],
@@ -142,35 +164,39 @@ impl Search {
         let outs = out.chunks_mut(batch * self.len);
         for ((row, out), fits) in rows.zip(outs).zip(fits.chunks_mut(batch)) {
             let groups = fits.len();
-            self.load::<E>(row);
+            self.load::<E, T>(row);
             for g in 0..groups {
                 self.groups[g].error = self.error(g, self.groups[g].best);
             }
             if self.refit {
                 self.nominate(groups);
                 for g in 0..groups {
-                    self.consider::<E>(g, self.groups[g].nominee);
+                    self.consider::<E, T>(g, self.groups[g].nominee);
                 }
             } else {
                 for i in 0..self.clips.len() {
                     for g in 0..groups {
                         let Group { min, max, .. } = self.groups[g];
-                        self.consider::<E>(g, self.clipped(self.clips[i], min, max));
+                        self.consider::<E, T>(g, self.clipped(self.clips[i], min, max));
                     }
                 }
             }
-            self.finish::<E>(row, out, fits);
+            self.finish::<E, T>(row, out, fits);
         }
     }
 
     /// Takes in the groups of `row`.
     #[inline(always)]
-    fn load<E: Element>(&mut self, row: &[E::Raw]) {
+    fn load<E: Element, T: Tool>(&mut self, row: &[E::Raw]) {
         let groups = row.chunks_exact(self.len).zip(self.weights.chunks_exact_mut(self.lanes));
         for ((raw, weights), group) in groups.zip(&mut self.groups) {
             let extremes = E::extremes(raw);
             let magnitude = extremes.magnitude();
-            let reference = fit::<E>(self.range, self.symmetric, extremes);
+            let Fit { scale, zero_point } = T::fit::<E>(self.range, self.symmetric, extremes);
+            let reference = Fit {
+                scale: T::stored::<E>(scale),
+                zero_point: at_least(zero_point, self.lowest_zero),
+            };
             let open = MODERATE.contains(&magnitude) && MODERATE.contains(&reference.scale);
             let unit = Unit::of(if open { magnitude } else { 1.0 });
             let (min, max) = if open { (extremes.min, extremes.max) } else { (-1.0, 1.0) };
@@ -192,8 +218,8 @@ impl Search {
 
     /// Makes `candidate`, as stored, the best of a group if its error is smaller.
     #[inline(always)]
-    fn consider<E: Element>(&mut self, g: usize, candidate: Fit) {
-        let candidate = self.groups[g].unit.as_stored::<E>(candidate);
+    fn consider<E: Element, T: Tool>(&mut self, g: usize, candidate: Fit) {
+        let candidate = self.groups[g].unit.as_stored::<E, T>(candidate);
         let error = self.error(g, candidate);
         let group = &mut self.groups[g];
         // Not so for the NaN of a scale that was rounded to zero. A sum's own rounding must not
@@ -205,16 +231,17 @@ impl Search {
 
     /// Writes the codes of the groups of `row` and what they were found with.
     #[inline(always)]
-    fn finish<E: Element>(&self, row: &[E::Raw], out: &mut [u8], fits: &mut [Fit]) {
+    fn finish<E: Element, T: Tool>(&self, row: &[E::Raw], out: &mut [u8], fits: &mut [Fit]) {
         let rows = row.chunks_exact(self.len).zip(self.weights.chunks_exact(self.lanes));
         let outs = out.chunks_exact_mut(self.len).zip(fits);
         for (((raw, weights), (out, fit)), group) in rows.zip(outs).zip(&self.groups) {
-            let Fit { scale, zero_point } = group.best;
-            *fit = group.unit.store(group.best);
             if !group.open {
-                codes::<E>(self.range, self.symmetric, *fit, raw, out);
+                *fit = T::fit::<E>(self.range, self.symmetric, E::extremes(raw));
+                T::codes::<E>(self.range, self.symmetric, *fit, raw, out);
                 continue;
             }
+            let Fit { scale, zero_point } = group.best;
+            *fit = group.unit.store(group.best);
             let reciprocal = 1.0 / scale;
             let (low, high) = self.range.less(zero_point);
             for (out, &x) in out.iter_mut().zip(weights.as_flattened()) {
@@ -232,7 +259,8 @@ impl Search {
         }
         let (min, max) = clip.apply(min, max);
         let scale = (max - min) / self.range.steps();
-        let zero_point = round(self.range.clamp(self.range.low - min / scale));
+        let zero_point =
+            at_least(round(self.range.clamp(self.range.low - min / scale)), self.lowest_zero);
         Fit { scale, zero_point }
     }
 
@@ -272,7 +300,8 @@ impl Search {
             for g in 0..groups {
                 let first = self.trials[g];
                 for step in [-1.0, 1.0] {
-                    let zero = self.range.clamp(first.zero_point + step);
+                    let zero =
+                        at_least(self.range.clamp(first.zero_point + step), self.lowest_zero);
                     let neighbour = Candidate::new(self.range, first.scale, zero);
                     let small = self.small[g * sample..][..sample].as_flattened();
                     let trial = neighbour.try_on(small);
@@ -394,8 +423,8 @@ impl Unit {
 
     /// `fit`, in this unit, with its scale rounded as it will be when stored.
     #[inline(always)]
-    fn as_stored<E: Element>(self, fit: Fit) -> Fit {
-        self.load(Fit { scale: E::round(fit.scale * self.value), ..fit })
+    fn as_stored<E: Element, T: Tool>(self, fit: Fit) -> Fit {
+        self.load(Fit { scale: T::stored::<E>(fit.scale * self.value), ..fit })
     }
 }
 
@@ -503,6 +532,11 @@ impl Trial {
 #[inline(always)]
 fn round(x: f32) -> f32 {
     (x + ROUNDING) - ROUNDING
+}
+
+#[inline(always)]
+fn at_least(x: f32, low: f32) -> f32 {
+    if x < low { low } else { x }
 }
 
 #[inline(always)]

@@ -1,4 +1,4 @@
-//! Which weights schemes take, and grids of whole rows.
+//! Which weights schemes take, and grids of whole rows or columns.
 
 use crate::dtype::Dtype;
 
@@ -54,6 +54,28 @@ pub(super) fn bands(
     let element = (dtype.bitsize() / 8) as u64;
     Grid::new((1, rows, cols), Axis::Rows, unit, &parts, element, source_bytes)
 }
+
+/// Stripes of columns across all rows, in units of `unit` columns, which divide them. `parts` are
+/// those of a matrix of the shape given.
+pub(super) fn stripes(
+    dtype: Dtype,
+    shape: &[u64],
+    unit: u64,
+    parts: impl Fn(&[u64]) -> Vec<Part>,
+    source_bytes: u64,
+) -> Grid {
+    let (rows, cols) = (shape[0], shape[1]);
+    let bytes = |cols| parts(&[rows, cols]).into_iter().map(|part| part.bytes());
+    let parts: Vec<_> =
+        bytes(unit).zip(bytes(cols)).map(|(unit, slab)| PartBytes { unit, slab }).collect();
+    let element = (dtype.bitsize() / 8) as u64;
+    let source_bytes = source_bytes.saturating_mul(STRIPE);
+    Grid::new((1, rows, cols), Axis::Cols, unit, &parts, element, source_bytes)
+}
+
+/// How many times the source of a band a stripe may have: the wider it is, the fewer of them meet
+/// every row again.
+pub(super) const STRIPE: u64 = 4;
 
 /// A part of that shape.
 pub(super) fn part<const N: usize>(role: Role, dtype: Dtype, shape: [u64; N]) -> Part {

@@ -109,7 +109,10 @@ impl Scheme {
     fn unit(&self, shape: &[u64]) -> Unit {
         match self {
             Self::Int(scheme) => Unit::Rows(scheme.rows_of_unit()),
-            Self::Affine(_) | Self::Micro(_) | Self::LlmInt8(_) => Unit::Rows(1),
+            Self::Affine(_) | Self::Micro(_) | Self::LlmInt8(_) | Self::Transposed(_) => {
+                Unit::Rows(1)
+            }
+            Self::Experts(_) => Unit::Rows(32),
             Self::Fp8(scheme) => Unit::Rows(scheme.block(shape[shape.len() - 1]).0),
             Self::Codebook(scheme) => Unit::Run(scheme.unit()),
             Self::Cast(_) => Unit::Run(64),

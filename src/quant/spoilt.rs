@@ -17,7 +17,7 @@ impl Scheme {
                 Self::Micro(scheme) if scheme.dialect == MicroDialect::MlxE4m3 => {
                     bytes.contains(&E4M3_NAN)
                 }
-                Self::Micro(_) => bytes.contains(&E8M0_NAN),
+                Self::Micro(_) | Self::Experts(_) => bytes.contains(&E8M0_NAN),
                 _ => false,
             },
             (Role::Scale, Dtype::F8_E8M0) => bytes.contains(&E8M0_NAN),

@@ -3,7 +3,9 @@
 mod affine;
 mod codebook;
 mod every;
+mod experts;
 mod floats;
+mod transposed;
 
 use super::*;
 

@@ -26,6 +26,8 @@ pub(super) enum Reason {
     NotFloat,
     /// A bias, a norm, a convolution, a table of parameters: whatever is not a `weight` of rank 2.
     NotAMatrix,
+    /// The experts of a mixture, one behind the other.
+    FusedExperts,
     /// A lookup table: tokens, positions, token types, codebooks.
     Embedding,
     /// GPT-2's `Conv1D`, stored `[in, out]`.
@@ -54,6 +56,7 @@ impl Reason {
         match self {
             Self::NotFloat => "not floating point",
             Self::NotAMatrix => "not a matrix of weights",
+            Self::FusedExperts => "experts fused in one tensor",
             Self::Embedding => "embedding",
             Self::TransposedConv1d => "transposed Conv1D",
             Self::FusedAttention => "read by fused attention",
@@ -131,6 +134,12 @@ pub(super) fn classify(tensors: &[Entry<'_>], config: Option<&Value>) -> Vec<Kin
         tensors[range].iter().map(|tensor| evidence.kind(tensor, &mut memo)).collect::<Vec<_>>()
     });
     kinds.concat()
+}
+
+/// Whether a tensor is a matrix for each of a mixture's experts.
+fn is_stack_of_experts(tensor: &Entry<'_>) -> bool {
+    let is_mixture = |component| matches!(component, "experts" | "block_sparse_moe");
+    tensor.shape.len() == 3 && split_last(tensor.name).0.split('.').any(is_mixture)
 }
 
 /// Answers that many tensors share.
@@ -244,7 +253,10 @@ impl<'a> Evidence<'a> {
     }
 
     fn kind(&self, tensor: &Entry<'a>, memo: &mut Memo<'a>) -> Kind {
-        let [rows, columns] = *tensor.shape else { return Kind::Other(Reason::NotAMatrix) };
+        let [rows, columns] = *tensor.shape else {
+            let is_stack = tensor.is_float && is_stack_of_experts(tensor);
+            return Kind::Other(if is_stack { Reason::FusedExperts } else { Reason::NotAMatrix });
+        };
         if !tensor.is_float {
             return Kind::Other(Reason::NotFloat);
         }
@@ -441,7 +453,7 @@ mod tests {
                     "layers.0.mlp.experts.gate_up_proj",
                     &[8, 128, 256],
                     0,
-                    Kind::Other(Reason::NotAMatrix),
+                    Kind::Other(Reason::FusedExperts),
                 ),
             ],
         );

@@ -183,6 +183,19 @@ impl Assignment {
         Self::decide(catalog, config, request, &offer.into(), ends)
     }
 
+    /// As [`new`](Self::new), for a format that takes experts stored as one tensor, and nothing else.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn of_fused_experts(
+        catalog: &Catalog,
+        config: Option<&Value>,
+        request: &Request,
+        offer: impl Into<Offer>,
+    ) -> Result<Self> {
+        Self::decide(catalog, config, request, &offer.into(), Ends::FusedExpertsAlone)
+    }
+
     fn decide(
         catalog: &Catalog,
         config: Option<&Value>,
@@ -259,6 +272,7 @@ impl Assignment {
             warnings
                 .push("experts have a scheme of their own: loaders read them in it alone".into());
         }
+        warnings.extend(fused_experts_kept(catalog, &kinds, &decisions, config));
         let ignore = ignored(catalog, &kinds, &decisions);
         Ok(Self { decisions, ignore, warnings })
     }
@@ -325,18 +339,24 @@ fn is_float(dtype: Dtype) -> bool {
     matches!(dtype, Dtype::F16 | Dtype::BF16 | Dtype::F32 | Dtype::F64)
 }
 
-/// What becomes of the first and last layer of a language model.
+/// What a format quantizes beside Linears: the first and last layer of a language model, or, in
+/// their place, fused experts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Ends {
     Keep,
     QuantizeEmbedding,
     QuantizeBoth,
+    FusedExpertsAlone,
 }
 
 impl Ends {
     fn quantizes(self, module: &str, reason: Reason) -> bool {
         match reason {
-            Reason::Embedding => self != Self::Keep && vocabulary::is_token_embedding(module),
+            Reason::FusedExperts => self == Self::FusedExpertsAlone,
+            Reason::Embedding => {
+                matches!(self, Self::QuantizeEmbedding | Self::QuantizeBoth)
+                    && vocabulary::is_token_embedding(module)
+            }
             Reason::OutputHead => {
                 self == Self::QuantizeBoth && vocabulary::is_language_head(module)
             }
@@ -365,6 +385,9 @@ fn decide(
     let keep = |reason: Cow<'static, str>| Decision::Keep { reason, linear: kind.may_be_linear() };
     let module = module_of(&tensor.name);
     match kind {
+        Kind::Linear if ends == Ends::FusedExpertsAlone => {
+            return keep("only fused experts are quantized".into());
+        }
         Kind::Linear => {}
         Kind::Spared(reason) | Kind::Other(reason) if ends.quantizes(module, reason) => {}
         Kind::Spared(reason)
@@ -432,6 +455,34 @@ fn keep_groups<'a>(
             *decision = Decision::Keep { reason, linear: true };
         }
     }
+}
+
+/// What is to be said of fused experts that stay as they are, in a model that is quantized.
+fn fused_experts_kept(
+    catalog: &Catalog,
+    kinds: &[Kind],
+    decisions: &[Decision],
+    config: Option<&Value>,
+) -> Option<String> {
+    let (mut all, mut kept) = (0, 0);
+    for ((tensor, kind), decision) in catalog.tensors().iter().zip(kinds).zip(decisions) {
+        all += tensor.elements();
+        if kind.reason() == Some(Reason::FusedExperts) && matches!(decision, Decision::Keep { .. })
+        {
+            kept += tensor.elements();
+        }
+    }
+    if kept == 0 {
+        return None;
+    }
+    let is_gpt_oss = config.is_some_and(|config| config["model_type"] == "gpt_oss");
+    let instead = if is_gpt_oss {
+        "--format mxfp4 quantizes them"
+    } else {
+        "a checkpoint that stores each expert apart is quantized"
+    };
+    let percent = kept as f64 * 100.0 / all as f64;
+    Some(format!("experts fused in one tensor are kept, {percent:.1}% of all weights: {instead}"))
 }
 
 /// Every kept Linear by its own name and by those that loaders know it by, and the heads that a

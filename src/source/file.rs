@@ -109,6 +109,8 @@ impl SourceFile {
 #[derive(Debug)]
 pub struct SourceFiles {
     open: Mutex<LruCache<u64, Arc<OpenFile>>>,
+    /// A long range that was read, whose pages are not given back yet.
+    lingering: Mutex<Option<(Arc<OpenFile>, Range<usize>)>>,
     /// Buffers that nobody is decoding into.
     scratch: Mutex<Vec<Vec<u8>>>,
 }
@@ -118,6 +120,9 @@ pub(super) type Part<'a> = (&'a Arc<SourceFile>, u64, u64);
 
 /// Buffers that are kept for the next window.
 const SCRATCH: usize = 4;
+
+/// Bytes of a range that is long: more than any band of a few rows.
+const LONG: usize = 8 << 20;
 
 #[derive(Debug)]
 struct OpenFile {
@@ -136,7 +141,8 @@ struct Mapped {
 impl SourceFiles {
     /// At most `capacity` files are kept open and mapped.
     pub fn new(capacity: NonZeroUsize) -> Self {
-        Self { open: Mutex::new(LruCache::new(capacity)), scratch: Mutex::default() }
+        let open = Mutex::new(LruCache::new(capacity));
+        Self { open, lingering: Mutex::default(), scratch: Mutex::default() }
     }
 
     /// Fills `buf` from `offset` of the file, without mapping it into memory.
@@ -183,7 +189,8 @@ impl SourceFiles {
     }
 
     /// Shows `f` a range of the mapped file and returns what `f` made of it, provided that the
-    /// file was still whole afterwards. The range's pages are then given back.
+    /// file was still whole afterwards. The range's pages are then given back; those of a long range
+    /// not until another is read, for it may be read again, a few columns of a matrix at a time.
     ///
     /// # Errors
     /// `Stale` where the file is no longer what it was when the checkpoint was opened; what `f`
@@ -200,12 +207,40 @@ impl SourceFiles {
         open.verify()?;
         let range = start as usize..(start + len) as usize;
         let map = open.map()?;
+        let is_long = range.len() > LONG;
+        if is_long {
+            self.begin(&open, map, &range);
+        }
         let out = f(&map[range.clone()]);
         open.verify()?;
-        if !range.is_empty() {
+        if !is_long && !range.is_empty() {
             drop_pages(map, range);
         }
         Ok(out)
+    }
+
+    /// Lets the pages of a long range linger in place of the last one's, and has those that are not
+    /// in memory read in order: by columns they would be asked for in no order that the kernel sees.
+    fn begin(&self, open: &Arc<OpenFile>, map: &Mmap, range: &Range<usize>) {
+        let last = {
+            let mut lingering = self.lingering.lock();
+            if let Some((file, last)) = &mut *lingering
+                && Arc::ptr_eq(file, open)
+                && last.start < range.end
+                && range.start < last.end
+            {
+                *last = last.start.min(range.start)..last.end.max(range.end);
+                return;
+            }
+            lingering.replace((open.clone(), range.clone()))
+        };
+        if let Some((file, last)) = last
+            && let Some(mapped) = file.map.get()
+        {
+            drop_pages(&mapped.map, last);
+        }
+        // Advice, which fails without consequence.
+        let _ = map.advise_range(memmap2::Advice::WillNeed, range.start, range.len());
     }
 
     /// As [`with_bytes`](Self::with_bytes), of several ranges at the same time. Empty ones touch no
@@ -272,6 +307,7 @@ impl SourceFiles {
     /// Closes every file that nobody is reading.
     pub fn clear(&self) {
         self.open.lock().clear();
+        self.lingering.lock().take();
     }
 
     /// The number of files open, and the bytes of address space that they map.

@@ -8,6 +8,9 @@ use parking_lot::Mutex;
 /// Idle buffers that are kept for the next chunk.
 const IDLE: usize = 16;
 
+/// Bytes of them.
+const IDLE_BYTES: usize = 16 << 20;
+
 /// Buffers below this many bytes are the allocator's business.
 const SMALL: usize = 64 << 10;
 
@@ -54,7 +57,13 @@ impl Drop for Buffer {
         if let Some(home) = self.home.upgrade() {
             let mut idle = home.lock();
             idle.push(std::mem::take(&mut self.bytes));
-            let surplus = (idle.len() > IDLE).then(|| idle.remove(0));
+            let mut bytes: usize = idle.iter().map(Vec::capacity).sum();
+            let mut surplus = Vec::new();
+            while idle.len() > IDLE || bytes > IDLE_BYTES {
+                let oldest = idle.remove(0);
+                bytes -= oldest.capacity();
+                surplus.push(oldest);
+            }
             drop(idle);
             drop(surplus);
         }

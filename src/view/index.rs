@@ -101,9 +101,8 @@ impl Subject<'_> {
 }
 
 /// The bytes of a name in parts.
-fn bytes((name, suffix): (&str, Option<&'static str>)) -> impl Iterator<Item = u8> {
-    let suffix = suffix.into_iter().flat_map(|suffix| b".".iter().chain(suffix.as_bytes()));
-    name.bytes().chain(suffix.copied())
+fn bytes((name, joint, suffix): (&str, &'static str, &'static str)) -> impl Iterator<Item = u8> {
+    name.bytes().chain(joint.bytes()).chain(suffix.bytes())
 }
 
 /// The text of an index: its head, its tensors and its tail.

@@ -146,13 +146,11 @@ struct Header<'a> {
 
 /// An item's name as a JSON string.
 pub(super) fn quoted_name(plan: &Plan, catalog: &Catalog, item: &Item, sink: &mut impl Sink) {
-    let (name, suffix) = plan.name_parts(catalog, item);
+    let (name, joint, suffix) = plan.name_parts(catalog, item);
     sink.bytes(b"\"");
     sink.escaped(name);
-    if let Some(suffix) = suffix {
-        sink.bytes(b".");
-        sink.escaped(suffix);
-    }
+    sink.bytes(joint.as_bytes());
+    sink.escaped(suffix);
     sink.bytes(b"\"");
 }
 

@@ -29,6 +29,8 @@ FORMATS = {
     "bnb-fp4": 6,
     "bnb-int8": 25,
 }
+# Of models that store their experts as one tensor.
+FUSED = {"mxfp4": 9}
 
 
 def logits(directory, tokens):
@@ -43,7 +45,7 @@ def logits(directory, tokens):
 
 def main():
     binary, model, *names = sys.argv[1:]
-    rows = {name: least for name, least in FORMATS.items() if not names or name in names}
+    rows = {name: (FORMATS | FUSED)[name] for name in names} or FORMATS
     tokens = torch.randint(3, 250, (4, 64), generator=torch.Generator().manual_seed(0))
     original = logits(model, tokens)
     failed = 0

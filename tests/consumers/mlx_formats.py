@@ -1,4 +1,4 @@
-"""Loads a mount in every mode of MLX with mlx-lm on the CPU.
+"""Loads a mount in every mode of MLX, and in AWQ, with mlx-lm on the CPU.
 
     python mlx_formats.py AQ_FS MODEL
 
@@ -23,6 +23,7 @@ MODES = {
     ("mlx-mxfp4",): 6,
     ("mlx-mxfp8",): 20,
     ("mlx-nvfp4",): 9,
+    ("awq",): 8,
 }
 TOKENS = [[5, 9, 20, 33, 77, 101, 3, 44]]
 

@@ -184,3 +184,48 @@ pub(crate) fn mixture(dir: &Path) -> PathBuf {
     write_checkpoint(dir, &shards, &config);
     dir.to_owned()
 }
+
+/// A checkpoint shaped as gpt-oss, of shards named as those of [`llama`]: two layers of three experts,
+/// one layer in F16 and F32.
+pub(crate) fn gpt_oss(dir: &Path) -> PathBuf {
+    let layer = |i: usize, attention: Dtype, experts: Dtype| {
+        let name = |rest: &str| format!("model.layers.{i}.{rest}");
+        vec![
+            Tensor::weights(&name("input_layernorm.weight"), Dtype::BF16, &[64]),
+            Tensor::weights(&name("self_attn.sinks"), Dtype::BF16, &[3]),
+            Tensor::weights(&name("self_attn.q_proj.weight"), attention, &[96, 64]),
+            Tensor::weights(&name("mlp.router.weight"), Dtype::BF16, &[3, 64]),
+            Tensor::weights(&name("mlp.experts.gate_up_proj"), experts, &[3, 64, 190]),
+            Tensor::weights(&name("mlp.experts.gate_up_proj_bias"), Dtype::BF16, &[3, 190]),
+            Tensor::weights(&name("mlp.experts.down_proj"), experts, &[3, 96, 64]),
+            Tensor::weights(&name("mlp.experts.down_proj_bias"), Dtype::BF16, &[3, 64]),
+        ]
+    };
+    let first = vec![
+        Tensor::weights("model.embed_tokens.weight", Dtype::BF16, &[97, 64]),
+        Tensor::weights("model.norm.weight", Dtype::BF16, &[64]),
+    ];
+    let mut last = layer(1, Dtype::F16, Dtype::F32);
+    last.push(Tensor::weights("lm_head.weight", Dtype::BF16, &[97, 64]));
+    let config = json!({
+        "architectures": ["GptOssForCausalLM"],
+        "model_type": "gpt_oss",
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_local_experts": 3,
+        "vocab_size": 97,
+        "tie_word_embeddings": false,
+    });
+    let shards = [
+        ("model-00001-of-00003.safetensors", first),
+        ("model-00002-of-00003.safetensors", layer(0, Dtype::BF16, Dtype::BF16)),
+        ("model-00003-of-00003.safetensors", last),
+    ];
+    write_checkpoint(dir, &shards, &config);
+    dir.to_owned()
+}
+
+/// Whether a format takes [`gpt_oss`] alone, and not [`llama`].
+pub(crate) fn is_for_gpt_oss(format: &str) -> bool {
+    format == "mxfp4"
+}

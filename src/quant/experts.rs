@@ -1,0 +1,233 @@
+//! MXFP4 of stacked experts, transposed, as gpt-oss stores them.
+//!
+//! A weight `[E, in, out]` is `E` matrices of input rows. A group is 32 inputs of one output. With
+//! its largest magnitude `m`:
+//!
+//! ```text
+//! e = floor(log2(m)) - 2
+//! scale = 2^e
+//! ```
+//!
+//! and the E2M1 code nearest to `x / scale`, clamped to 6, ties to even; a negative number that
+//! rounds to zero is -0. A group of zeros has the scale 1. One with a NaN or an infinity has the scale NaN
+//! and codes 0. The search tries the neighbouring scales for the least squared error.
+//!
+//! Codes are `[E, out, in / 32, 16]`, two to a byte, the even input in the lower half; scales, in
+//! E8M0, `[E, out, in / 32]`.
+
+use crate::dtype::Dtype;
+
+use super::grid::{Axis, Grid, PartBytes};
+use super::isa::{Isa, Kernel};
+use super::minifloat::{E2M1_MAX, E8M0_NAN, e2m1, e2m1_rounded, e2m1_value, e8m0_value, within};
+use super::shape::{STRIPE, assert_lengths, is_real};
+use super::tile::{Element, Tile, for_element};
+use super::{Part, Quality, Role};
+
+/// Inputs of a group.
+const GROUP: usize = 32;
+
+/// Outputs that go through the kernel together: their groups fit in the first-level cache.
+const LANES: usize = 128;
+
+/// MXFP4 codes of stacked experts.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct ExpertsScheme {
+    /// How scales are chosen.
+    pub quality: Quality,
+}
+
+impl ExpertsScheme {
+    pub(super) fn accepts(&self, dtype: Dtype, shape: &[u64]) -> Result<(), String> {
+        is_real(dtype)?;
+        let &[_, inputs, _] = shape else {
+            return Err(format!("shape {shape:?} is not one of stacked matrices"));
+        };
+        if shape.contains(&0) {
+            Err(format!("shape {shape:?} has no elements"))
+        } else if inputs % GROUP as u64 != 0 {
+            Err(format!("groups of 32 do not divide {inputs} input features"))
+        } else {
+            Ok(())
+        }
+    }
+
+    /// `shape` ends in inputs and outputs.
+    pub(super) fn parts(&self, shape: &[u64]) -> Vec<Part> {
+        let [above @ .., inputs, outputs] = shape else {
+            unreachable!("`accepts` refuses what has no rows")
+        };
+        let groups = [*outputs, inputs / GROUP as u64];
+        let scales = [above, &groups].concat();
+        let codes = [&scales[..], &[GROUP as u64 / 2]].concat();
+        let part = |role, shape| Part { role, dtype: Dtype::U8, shape };
+        vec![part(Role::Codes, codes), part(Role::Scale, scales)]
+    }
+
+    pub(super) fn grid(&self, dtype: Dtype, shape: &[u64], source_bytes: u64) -> Grid {
+        let (experts, inputs, outputs) = (shape[0], shape[1], shape[2]);
+        let bytes = |outputs| self.parts(&[inputs, outputs]).into_iter().map(|part| part.bytes());
+        let parts: Vec<_> =
+            bytes(1).zip(bytes(outputs)).map(|(unit, slab)| PartBytes { unit, slab }).collect();
+        let element = dtype.bitsize() as u64 / 8;
+        let source_bytes = source_bytes.saturating_mul(STRIPE);
+        Grid::new((experts, inputs, outputs), Axis::Cols, 1, &parts, element, source_bytes)
+    }
+
+    pub(super) fn encode(&self, isa: Isa, tile: &Tile<'_>, out: &mut [&mut [u8]]) {
+        let parts = self.parts(&[tile.rows as u64, tile.cols as u64]);
+        assert_lengths(&parts, out.iter().map(|out| out.len()));
+        let [codes, scales] = out else { unreachable!("two parts") };
+        for_element!(tile.data.dtype(), E => isa.run(Encode::<E> {
+            searched: self.quality == Quality::Search,
+            source: E::split(tile.data.bytes()),
+            rows: tile.rows,
+            cols: tile.cols,
+            stride: tile.stride,
+            codes,
+            scales,
+        }));
+    }
+
+    pub(super) fn decode(
+        &self,
+        dtype: Dtype,
+        (rows, cols): (usize, usize),
+        parts: &[&[u8]],
+        out: &mut [f32],
+    ) {
+        assert_eq!(out.len(), rows * cols, "number of elements");
+        let specs = self.parts(&[rows as u64, cols as u64]);
+        assert_lengths(&specs, parts.iter().map(|part| part.len()));
+        let &[codes, scales] = parts else { unreachable!("two parts") };
+        for_element!(dtype, E => for (i, out) in out.iter_mut().enumerate() {
+            // The place of the element in the transpose.
+            let at = i % cols * rows + i / cols;
+            let code = codes[at / 2] >> (at % 2 * 4) & 15;
+            *out = E::round(e2m1_value(code) * e8m0_value(scales[at / GROUP]));
+        });
+    }
+}
+
+/// The encoding of one tile.
+struct Encode<'a, E: Element> {
+    searched: bool,
+    source: &'a [E::Raw],
+    rows: usize,
+    cols: usize,
+    stride: usize,
+    codes: &'a mut [u8],
+    scales: &'a mut [u8],
+}
+
+impl<E: Element> Kernel for Encode<'_, E> {
+    #[inline(always)]
+    fn run(self) {
+        let groups = self.rows / GROUP;
+        let (codes, _) = self.codes.as_chunks_mut::<{ GROUP / 2 }>();
+        let mut weights = [[0.0; LANES]; GROUP];
+        for first in (0..self.cols).step_by(LANES) {
+            let lanes = LANES.min(self.cols - first);
+            for g in 0..groups {
+                for (r, weights) in weights.iter_mut().enumerate() {
+                    let row = &self.source[(g * GROUP + r) * self.stride + first..][..lanes];
+                    for (x, &raw) in weights.iter_mut().zip(row) {
+                        *x = E::widen(raw);
+                    }
+                }
+                let scales = scales(&weights, self.searched);
+                let words = words(&weights, &scales);
+                for lane in 0..lanes {
+                    let at = (first + lane) * groups + g;
+                    self.scales[at] = scales[lane] as u8;
+                    let out = codes[at].as_chunks_mut::<4>().0;
+                    for (out, words) in out.iter_mut().zip(&words) {
+                        *out = words[lane].to_le_bytes();
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// A group's scale in E8M0, for each lane.
+#[inline(always)]
+fn scales(weights: &[[f32; LANES]; GROUP], searched: bool) -> [u32; LANES] {
+    let mut largest = [0u32; LANES];
+    for xs in weights {
+        for (largest, x) in largest.iter_mut().zip(xs) {
+            *largest = (x.to_bits() & 0x7fff_ffff).max(*largest);
+        }
+    }
+    let reference = largest.map(|bits| {
+        let exponent = (bits >> 23).saturating_sub(2);
+        let exponent = if bits == 0 { 127 } else { exponent };
+        if bits < f32::INFINITY.to_bits() { exponent } else { u32::from(E8M0_NAN) }
+    });
+    if !searched {
+        return reference;
+    }
+    let mut best = (reference, errors(weights, &reference));
+    for step in [1, u32::MAX] {
+        // Errors at these scales are numbers, and not zero for want of smaller ones.
+        let candidates = reference.map(|scale| {
+            let open = (64..190).contains(&scale);
+            if open { scale.wrapping_add(step) } else { scale }
+        });
+        let found = errors(weights, &candidates);
+        for lane in 0..LANES {
+            let better = found[lane] < best.1[lane];
+            best.0[lane] = if better { candidates[lane] } else { best.0[lane] };
+            best.1[lane] = if better { found[lane] } else { best.1[lane] };
+        }
+    }
+    best.0
+}
+
+/// One over a scale.
+#[inline(always)]
+fn reciprocal(scale: u32) -> f32 {
+    // Of a scale that isn't a number, infinity.
+    f32::from_bits((254u32.wrapping_sub(scale) & 0xff) << 23)
+}
+
+/// The squared errors of groups with those scales.
+#[inline(always)]
+fn errors(weights: &[[f32; LANES]; GROUP], scales: &[u32; LANES]) -> [f32; LANES] {
+    let reciprocals = scales.map(reciprocal);
+    let mut sums = [0.0; LANES];
+    for xs in weights {
+        for lane in 0..LANES {
+            let a = xs[lane].abs() * reciprocals[lane];
+            let error = a - e2m1_rounded(within(a, E2M1_MAX));
+            sums[lane] += error * error;
+        }
+    }
+    for lane in 0..LANES {
+        let scale = f32::from_bits(scales[lane] << 23);
+        sums[lane] = sums[lane] * scale * scale;
+    }
+    sums
+}
+
+/// The codes of groups, eight to a word.
+#[inline(always)]
+fn words(weights: &[[f32; LANES]; GROUP], scales: &[u32; LANES]) -> [[u32; LANES]; GROUP / 8] {
+    let reciprocals = scales.map(reciprocal);
+    let mut words = [[0; LANES]; GROUP / 8];
+    for (xs, words) in weights.as_chunks::<8>().0.iter().zip(&mut words) {
+        for (i, xs) in xs.iter().enumerate() {
+            for lane in 0..LANES {
+                let x = xs[lane];
+                let sign = if x < 0.0 { 8 } else { 0 };
+                let magnitude = within(x.abs() * reciprocals[lane], E2M1_MAX);
+                let code = (u32::from(e2m1(magnitude)) | sign) & 15;
+                words[lane] |= code << (4 * i);
+            }
+        }
+        for (word, scale) in words.iter_mut().zip(scales) {
+            *word = if *scale == u32::from(E8M0_NAN) { 0 } else { *word };
+        }
+    }
+    words
+}

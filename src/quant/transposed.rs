@@ -1,0 +1,384 @@
+//! GPTQ's and AWQ's integers: packed along the input features, or across the output features.
+//!
+//! Codes `q` run from 0 to `n = 2^b - 1`; a weight is about `(q - zero) * scale`. Every part is
+//! transposed, one line per input feature, group of them, or word of codes down the inputs. All
+//! arithmetic is in f32, whatever the source. Over a group, `min` and `max` are widened to include
+//! zero; where both are zero they stand for -1 and 1:
+//!
+//! ```text
+//! symmetric   m = max(-min, max); scale = 2m / n, but m / n where min is 0
+//!             zero = 2^(b-1)
+//! asymmetric  scale = (max - min) / n
+//!             zero = rint(-min / scale)
+//! q = clamp(rint(x / scale) + zero)
+//! ```
+//!
+//! Scales are rounded to F16 when they are stored, after the codes were made with them. A group with
+//! a NaN or an infinity has a scale that isn't finite, and codes of its zero wherever one comes out
+//! as NaN.
+//!
+//! GPTQ's first version stores zeros less 1, subtracted from whole words: a zero of 0 borrows from
+//! its neighbour, and loaders differ in how they undo that, so the search has no such zeros there.
+
+use crate::dtype::Dtype;
+
+use super::grid::Grid;
+use super::int::{Codes, Fit, Granularity, MODERATE};
+use super::isa::{Isa, Kernel};
+use super::pack::{pack, packed_len, unpack, word_of};
+use super::search::{Search, Tool};
+use super::shape::{assert_lengths, grouped, matrix, part, stripes};
+use super::tile::{Element, Extremes, F16, Tile, for_element};
+use super::{Part, Quality, Role};
+
+/// Transposed integers with a scale and a zero point per group or channel.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct TransposedScheme {
+    /// Bits of a code: 2, 3, 4 or 8; 4 in AWQ's order.
+    pub bits: u8,
+    /// Which weights share a scale. Groups are a multiple of 32.
+    pub granularity: Granularity,
+    /// Whether every zero is `2^(b-1)`.
+    pub symmetric: bool,
+    /// How codes and zeros lie in memory.
+    pub order: TransposedOrder,
+    /// How scales are chosen.
+    pub quality: Quality,
+}
+
+/// How codes and zeros of a weight `[R, C]` lie in memory.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum TransposedOrder {
+    /// Codes `[C * b / 32, R]`, a bit stream down the inputs of each output; zeros `[G, R * b / 32]`,
+    /// a bit stream along the outputs, each less 1.
+    GptqV1,
+    /// As `GptqV1`, with the zeros themselves.
+    GptqV2,
+    /// Codes `[C, R / 8]`, a word for eight outputs, the even ones in its lower half. Zeros
+    /// `[G, R / 8]` likewise.
+    AwqGemm,
+}
+
+/// The output, of eight, whose code stands in each four bits of a word, lowest first.
+const GEMM: [usize; 8] = [0, 2, 4, 6, 1, 3, 5, 7];
+
+/// Words that are transposed together: a line of the cache.
+const LANES: usize = 16;
+
+impl TransposedScheme {
+    pub(super) fn accepts(&self, dtype: Dtype, shape: &[u64]) -> Result<(), String> {
+        let (rows, cols) = matrix(dtype, shape)?;
+        let bits: &[u8] = if self.is_gemm() { &[4] } else { &[2, 3, 4, 8] };
+        if !bits.contains(&self.bits) {
+            return Err(format!("{} bits are not among {bits:?}", self.bits));
+        }
+        if let Granularity::Group(size) = self.granularity {
+            if !size.is_multiple_of(32) {
+                return Err(format!("group size {size} is not a multiple of 32"));
+            }
+            grouped(dtype, shape, size.into())?;
+        }
+        // Kernels and packing want both.
+        for (count, features) in [(cols, "input"), (rows, "output")] {
+            if count % 32 != 0 {
+                return Err(format!("{count} {features} features are not a multiple of 32"));
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn parts(&self, _: Dtype, shape: &[u64]) -> Vec<Part> {
+        let (rows, cols) = (shape[0], shape[1]);
+        let groups = cols / self.group(cols);
+        let words = |codes: u64| (codes * u64::from(self.bits)).div_ceil(32);
+        let codes = if self.is_gemm() { [cols, words(rows)] } else { [words(cols), rows] };
+        vec![
+            part(Role::Codes, Dtype::I32, codes),
+            part(Role::Scale, Dtype::F16, [groups, rows]),
+            part(Role::ZeroPoint, Dtype::I32, [groups, words(rows)]),
+        ]
+    }
+
+    pub(super) fn grid(&self, dtype: Dtype, shape: &[u64], source_bytes: u64) -> Grid {
+        let unit = self.group(shape[1]);
+        stripes(dtype, shape, unit, |shape| self.parts(dtype, shape), source_bytes)
+    }
+
+    pub(super) fn encode(&self, isa: Isa, tile: &Tile<'_>, out: &mut [&mut [u8]]) {
+        let dtype = tile.data.dtype();
+        let parts = self.parts(dtype, &[tile.rows as u64, tile.cols as u64]);
+        assert_lengths(&parts, out.iter().map(|out| out.len()));
+        let [codes, scales, zeros] = out else { unreachable!("three parts") };
+        for_element!(dtype, E => isa.run(Encode::<E> {
+            scheme: self,
+            source: E::split(tile.data.bytes()),
+            rows: tile.rows,
+            cols: tile.cols,
+            stride: tile.stride,
+            codes,
+            scales,
+            zeros,
+        }));
+    }
+
+    pub(super) fn decode(
+        &self,
+        dtype: Dtype,
+        (rows, cols): (usize, usize),
+        parts: &[&[u8]],
+        out: &mut [f32],
+    ) {
+        assert_eq!(out.len(), rows * cols, "number of elements");
+        let specs = self.parts(dtype, &[rows as u64, cols as u64]);
+        assert_lengths(&specs, parts.iter().map(|part| part.len()));
+        let &[codes, scales, zeros] = parts else { unreachable!("three parts") };
+        let group = self.group(cols as u64) as usize;
+        let row_words = packed_len(rows, self.bits) / 4;
+        let gemm = |bytes: &[u8], line: usize, r: usize| {
+            let place = GEMM.iter().position(|row| *row == r % 8).expect("eight of them");
+            (word_of(bytes, line * row_words + r / 8) >> (4 * place) & 15) as u8
+        };
+        let one = if self.order == TransposedOrder::GptqV1 { 1 } else { 0 };
+        let zero_at = |g: usize, r: usize| {
+            if self.is_gemm() {
+                return gemm(zeros, g, r);
+            }
+            let word = |w: usize| {
+                let word = word_of(zeros, g * row_words + w);
+                word.wrapping_add(one * ones_of_words(self.bits))
+            };
+            let zero = unpack(self.bits, r, word);
+            let one = if self.bits == 3 { one as u8 } else { 0 };
+            zero.wrapping_add(one) & (u8::MAX >> (8 - self.bits))
+        };
+        for_element!(dtype, E => for (r, out) in out.chunks_exact_mut(cols).enumerate() {
+            for (c, out) in out.iter_mut().enumerate() {
+                let g = c / group;
+                let code = if self.is_gemm() {
+                    gemm(codes, c, r)
+                } else {
+                    unpack(self.bits, c, |w| word_of(codes, w * rows + r))
+                };
+                let scale = F16::widen(F16::split(scales)[g * rows + r]);
+                *out = E::round((f32::from(code) - f32::from(zero_at(g, r))) * scale);
+            }
+        });
+    }
+
+    fn is_gemm(&self) -> bool {
+        self.order == TransposedOrder::AwqGemm
+    }
+
+    /// Elements that share a scale, in rows of `cols`.
+    fn group(&self, cols: u64) -> u64 {
+        match self.granularity {
+            Granularity::Group(size) => u64::from(size),
+            Granularity::Channel => cols,
+        }
+    }
+}
+
+/// A word with 1 in each of its fields, of which it has a whole number; else 0.
+fn ones_of_words(bits: u8) -> u32 {
+    if 32 % u32::from(bits) == 0 { u32::MAX / ((1 << bits) - 1) } else { 0 }
+}
+
+/// How gptqmodel rounds to nearest.
+#[derive(Clone, Copy, Debug)]
+struct GptqModel;
+
+impl Tool for GptqModel {
+    #[inline(always)]
+    fn fit<E: Element>(range: Codes, symmetric: bool, extremes: Extremes) -> Fit {
+        let Extremes { mut min, mut max } = extremes;
+        if symmetric {
+            max = extremes.magnitude();
+            if min < 0.0 {
+                min = -max;
+            }
+        }
+        if min == 0.0 && max == 0.0 {
+            (min, max) = (-1.0, 1.0);
+        }
+        let scale = (max - min) / range.steps();
+        let zero = (-min / scale).round_ties_even();
+        let zero_point =
+            if symmetric || zero.is_nan() { 0.0 } else { range.clamp(zero + range.low) };
+        Fit { scale, zero_point }
+    }
+
+    #[inline(always)]
+    fn codes<E: Element>(
+        range: Codes,
+        _symmetric: bool,
+        Fit { scale, zero_point }: Fit,
+        group: &[E::Raw],
+        out: &mut [u8],
+    ) {
+        let (low, high) = range.less(zero_point);
+        let zero = range.byte(zero_point);
+        let code = |x: f32| {
+            let x = if x < low { low } else { x };
+            let x = if x > high { high } else { x };
+            // The sum has a spacing of 1. Zero is added to what was rounded, not before.
+            ((x + 12_582_912.0).to_bits() as u8).wrapping_add(zero)
+        };
+        if MODERATE.contains(&scale) {
+            for (&raw, out) in group.iter().zip(out) {
+                *out = code(E::widen(raw) / scale);
+            }
+        } else {
+            for (&raw, out) in group.iter().zip(out) {
+                let x = E::widen(raw) / scale;
+                *out = code(if x.is_nan() { 0.0 } else { x });
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn stored<E: Element>(scale: f32) -> f32 {
+        F16::round(scale)
+    }
+}
+
+/// The encoding of one tile.
+struct Encode<'a, E: Element> {
+    scheme: &'a TransposedScheme,
+    source: &'a [E::Raw],
+    rows: usize,
+    cols: usize,
+    stride: usize,
+    codes: &'a mut [u8],
+    scales: &'a mut [u8],
+    zeros: &'a mut [u8],
+}
+
+impl<E: Element> Kernel for Encode<'_, E> {
+    #[inline(always)]
+    fn run(self) {
+        let TransposedScheme { bits, symmetric, order, quality, .. } = *self.scheme;
+        let (rows, cols) = (self.rows, self.cols);
+        let group = self.scheme.group(cols as u64) as usize;
+        let groups = cols / group;
+        let range = Codes::offset(bits);
+        let mut search = match quality {
+            Quality::Reference => None,
+            Quality::Search => {
+                let search = Search::new(range, symmetric, group);
+                let is_v1 = order == TransposedOrder::GptqV1;
+                Some(if is_v1 { search.without_lowest_zero() } else { search })
+            }
+        };
+        // Rows whose codes share a word, and words that a row's codes take part in.
+        let (sharing, width) = match order {
+            TransposedOrder::AwqGemm => (8, cols),
+            _ => (1, packed_len(cols, bits) / 4),
+        };
+        // Not a power of two, or all lanes would want the same places of the cache.
+        let pitch = width + LANES;
+        let mut lines = vec![[0; 4]; LANES * pitch];
+        let code_pitch = cols.next_multiple_of(8);
+        let mut row_codes = vec![0; sharing * code_pitch];
+        let mut fits = vec![Fit { scale: 0.0, zero_point: 0.0 }; groups];
+        let mut zeros = vec![0; groups * rows.next_multiple_of(8)];
+        let (words, _) = self.codes.as_chunks_mut::<4>();
+        let row_words = words.len() / width;
+        let (scales, _) = self.scales.as_chunks_mut::<2>();
+        for (block, first) in (0..rows).step_by(LANES * sharing).enumerate() {
+            let lanes = (rows - first).div_ceil(sharing).min(LANES);
+            for lane in 0..lanes {
+                let first = first + lane * sharing;
+                if first + sharing > rows {
+                    row_codes.fill(0);
+                }
+                for r in first..rows.min(first + sharing) {
+                    let row = &self.source[r * self.stride..][..cols];
+                    let codes = &mut row_codes[(r - first) * code_pitch..][..cols];
+                    match &mut search {
+                        Some(search) => search.encode_row::<E, GptqModel>(row, codes, &mut fits),
+                        None => {
+                            let pairs = row.chunks_exact(group).zip(codes.chunks_exact_mut(group));
+                            for ((group, codes), fit) in pairs.zip(&mut fits) {
+                                *fit = GptqModel::fit::<E>(range, symmetric, E::extremes(group));
+                                GptqModel::codes::<E>(range, symmetric, *fit, group, codes);
+                            }
+                        }
+                    }
+                    for (g, fit) in fits.iter().enumerate() {
+                        F16::store(F16::round(fit.scale), &mut scales[g * rows + r]);
+                        zeros[g * rows.next_multiple_of(8) + r] = range.byte(fit.zero_point);
+                    }
+                }
+                let line = &mut lines[lane * pitch..][..width];
+                match order {
+                    TransposedOrder::AwqGemm => gather(&row_codes, code_pitch, line),
+                    _ => pack(bits, &row_codes, line.as_flattened_mut()),
+                }
+            }
+            transpose(&lines, pitch, lanes, words, row_words, block * LANES);
+        }
+        let zero_lines = self.zeros.chunks_exact_mut(packed_len(rows, bits));
+        for (zeros, out) in zeros.chunks_exact(rows.next_multiple_of(8)).zip(zero_lines) {
+            pack_zeros(self.scheme, zeros, out);
+        }
+    }
+}
+
+/// Words of AWQ's order from eight rows of codes, `pitch` from one another.
+#[inline(always)]
+fn gather(codes: &[u8], pitch: usize, out: &mut [[u8; 4]]) {
+    let rows = GEMM.map(|row| &codes[row * pitch..][..out.len()]);
+    for (c, out) in out.iter_mut().enumerate() {
+        *out = std::array::from_fn(|i| rows[2 * i][c] | rows[2 * i + 1][c] << 4);
+    }
+}
+
+/// Writes lines of words, `pitch` from one another, as columns from `first` on of a matrix with rows
+/// of `row_words`.
+#[inline(always)]
+fn transpose(
+    lines: &[[u8; 4]],
+    pitch: usize,
+    lanes: usize,
+    out: &mut [[u8; 4]],
+    row_words: usize,
+    first: usize,
+) {
+    for (k, out) in out.chunks_exact_mut(row_words).enumerate() {
+        let out = &mut out[first..first + lanes];
+        if let Ok(out) = <&mut [[u8; 4]; LANES]>::try_from(&mut *out) {
+            for (lane, out) in out.iter_mut().enumerate() {
+                *out = lines[lane * pitch + k];
+            }
+        } else {
+            for (lane, out) in out.iter_mut().enumerate() {
+                *out = lines[lane * pitch + k];
+            }
+        }
+    }
+}
+
+/// Packs the zeros of a group along the outputs, padded with zeros to a multiple of eight.
+fn pack_zeros(scheme: &TransposedScheme, zeros: &[u8], out: &mut [u8]) {
+    let TransposedScheme { bits, order, .. } = *scheme;
+    match order {
+        TransposedOrder::AwqGemm => {
+            for (out, zeros) in out.as_chunks_mut::<4>().0.iter_mut().zip(zeros.as_chunks::<8>().0)
+            {
+                *out = std::array::from_fn(|i| zeros[GEMM[2 * i]] | zeros[GEMM[2 * i + 1]] << 4);
+            }
+        }
+        TransposedOrder::GptqV2 => pack(bits, zeros, out),
+        TransposedOrder::GptqV1 if bits == 3 => {
+            let less: Vec<u8> = zeros.iter().map(|zero| zero.wrapping_sub(1) & 7).collect();
+            pack(bits, &less, out);
+        }
+        TransposedOrder::GptqV1 => {
+            pack(bits, zeros, out);
+            for word in out.as_chunks_mut::<4>().0 {
+                let less = u32::from_le_bytes(*word).wrapping_sub(ones_of_words(bits));
+                *word = less.to_le_bytes();
+            }
+        }
+    }
+}
