@@ -14,6 +14,7 @@
 //! - [`mod@format`]: how a quantized checkpoint is written down.
 //! - [`memory`]: how much there is, for budgets.
 //! - [`view`]: the virtual checkpoint, its tree and `read_at`.
+//! - [`loader`]: what `--for` knows of the programs that load what is shown.
 //! - [`export`]: a view written to disk.
 //! - [`modality`]: what a checkpoint works on.
 //! - [`adapter`]: the library's way to a checkpoint's tensors, [`ShardedSafeTensorsAdapter`], and
@@ -28,6 +29,7 @@ pub mod error;
 pub mod export;
 pub mod format;
 pub mod fuse;
+pub mod loader;
 pub mod memory;
 pub mod modality;
 pub mod mount;

@@ -17,6 +17,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("format", &["dtype", "error", "quant", "recipe", "source", "threads"]),
     ("view", &["dtype", "error", "format", "quant", "recipe", "source", "threads"]),
     ("export", &["error", "view"]),
+    ("loader", &["error", "format", "quant", "recipe", "view"]),
     ("adapter", &["dtype", "error", "modality", "recipe", "source", "view"]),
     ("fuse", &["error", "view"]),
 ];

@@ -20,6 +20,12 @@ static MODELS: LazyLock<[tempfile::TempDir; 2]> = LazyLock::new(|| {
     })
 });
 
+static MIXTURE: LazyLock<tempfile::TempDir> = LazyLock::new(|| {
+    let dir = tempfile::tempdir().expect("a directory");
+    support::mixture(dir.path());
+    dir
+});
+
 /// The model that the format asked for takes.
 fn model_for(request: &Request) -> &'static Path {
     let format = request.simulate.as_ref().unwrap_or(&request.format);
@@ -51,11 +57,26 @@ static QUANTIZED: LazyLock<Vec<(&'static str, tempfile::TempDir)>> = LazyLock::n
     names.filter_map(quantized).collect()
 });
 
+/// A mixture of experts in every format, and in several schemes at once.
+fn mixtures() -> Vec<Request> {
+    let mixed = ["compressed-tensors", "mlx"].map(|format| Request {
+        format: format.to_owned(),
+        granularity: Some(Granularity::Group(32)),
+        set: ["*.experts.*=8", "*.o_proj=2/64", "*.v_proj=6", "lm_head=keep"]
+            .map(|set| set.parse().expect("valid"))
+            .into(),
+        ..Request::default()
+    });
+    let formats = requests().into_iter().take(FORMATS.len());
+    formats.filter(|request| !support::is_for_gpt_oss(&request.format)).chain(mixed).collect()
+}
+
 /// What a source is shown as: every request of the plain one, and of a quantized one the plain
 /// numbers and formats that cut them in different ways.
 fn cases() -> Vec<(&'static Path, Request)> {
     let mut cases: Vec<_> =
         requests().into_iter().map(|request| (model_for(&request), request)).collect();
+    cases.extend(mixtures().into_iter().map(|request| (MIXTURE.path(), request)));
     for (_, dir) in QUANTIZED.iter() {
         for format in ["dense", "compressed-tensors", "mlx", "bnb-nf4", "fp8-block"] {
             let request = Request { format: format.to_owned(), ..Request::default() };
@@ -154,9 +175,9 @@ proptest! {
 
 #[test]
 fn an_export_is_what_a_view_shows() {
-    for (request, oracle) in requests().iter().zip(ORACLES.iter()).step_by(3) {
+    for ((model, request), oracle) in cases().iter().zip(ORACLES.iter()).step_by(3) {
         let budget = Budget { cache: 1 << 20, chunk: 30_000, ahead: 0 };
-        let view = View::open(model_for(request), request, budget).expect("a view");
+        let view = View::open(model, request, budget).expect("a view");
         let out = tempfile::tempdir().expect("a directory");
         let options = Options { threads: 3, overwrite: false, step: Step::Whole };
         let summary = export(&view, out.path(), options, &|_, _| {}).expect("exported");
@@ -177,7 +198,7 @@ fn an_export_is_what_a_view_shows() {
 fn a_quantized_source_is_read_once_and_is_the_same_in_small_chunks() {
     assert!(QUANTIZED.len() >= 10);
     for ((source, request), oracle) in cases().iter().zip(ORACLES.iter()) {
-        if *source == model_for(request) {
+        if *source == model_for(request) || *source == MIXTURE.path() {
             continue;
         }
         for chunk in [5_000, 1 << 20] {
@@ -221,4 +242,58 @@ fn what_is_not_quantized_is_what_the_source_has() {
         // Norms at the least.
         assert!(kept >= 3, "{request:?}");
     }
+}
+
+#[test]
+fn a_stack_holds_what_each_expert_would_be_alone_in_order() {
+    let open = |model_type: &str| {
+        let dir = tempfile::tempdir().expect("a directory");
+        support::mixture(dir.path());
+        let path = dir.path().join("config.json");
+        let config = std::fs::read_to_string(&path).expect("there");
+        std::fs::write(&path, config.replace("qwen3_moe", model_type)).expect("written");
+        let request = Request { format: "mlx".to_owned(), ..Request::default() };
+        let view = View::open(dir.path(), &request, Budget::default()).expect("a view");
+        (dir, view)
+    };
+    let shard =
+        |view: &View, name: &str| whole(view, view.tree().lookup(0, name.as_ref()).expect("shown"));
+    let (_mixture, view) = open("qwen3_moe");
+    // The first expert is in the second shard.
+    let stacked = shard(&view, "model-00002-of-00002.safetensors");
+    let stacked = safetensors::SafeTensors::deserialize(&stacked).expect("a shard");
+    for (projection, rows, columns) in [("gate_proj", 128, 256), ("down_proj", 256, 128)] {
+        for (part, words) in [("weight", columns / 8), ("scales", columns / 64)] {
+            let name = format!("model.layers.0.mlp.switch_mlp.{projection}.{part}");
+            let found = stacked.tensor(&name).expect("shown");
+            assert_eq!(found.shape(), [3, rows, words], "{name}");
+            for (number, bytes) in found.data().chunks(found.data().len() / 3).enumerate() {
+                let alone = tempfile::tempdir().expect("a directory");
+                let source = format!("model.layers.0.mlp.experts.{number}.{projection}.weight");
+                let weight =
+                    support::Tensor::weights(&source, safetensors::Dtype::BF16, &[rows, columns]);
+                // Under a name that is no expert's.
+                let weight = support::Tensor { name: "layers.0.up_proj.weight".into(), ..weight };
+                let shards = [("model.safetensors", vec![weight])];
+                support::write_checkpoint(alone.path(), &shards, &serde_json::json!({}));
+                let request = Request { format: "mlx".to_owned(), ..Request::default() };
+                let view = View::open(alone.path(), &request, Budget::default()).expect("a view");
+                let single = shard(&view, "model.safetensors");
+                let single = safetensors::SafeTensors::deserialize(&single).expect("a shard");
+                let expected = single.tensor(&format!("layers.0.up_proj.{part}")).expect("shown");
+                assert!(bytes == expected.data(), "{name} {number}");
+            }
+        }
+    }
+    let index = view.tree().lookup(0, "model.safetensors.index.json".as_ref()).expect("shown");
+    let index: serde_json::Value = serde_json::from_slice(&whole(&view, index)).expect("JSON");
+    assert_eq!(
+        index["weight_map"]["model.layers.0.mlp.switch_mlp.up_proj.biases"],
+        "model-00002-of-00002.safetensors"
+    );
+    let (_unknown, view) = open("somebody_s_own");
+    assert!(view.warnings().iter().any(|warning| warning.starts_with("experts are kept")));
+    let kept = shard(&view, "model-00001-of-00002.safetensors");
+    let kept = safetensors::SafeTensors::deserialize(&kept).expect("a shard");
+    assert!(kept.tensor("model.layers.0.mlp.experts.1.up_proj.weight").is_ok());
 }

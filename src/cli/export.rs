@@ -8,7 +8,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use super::{RecipeArgs, bytes, print, warn_all};
 use crate::error::Result;
 use crate::export::{Found, Options, Step, export, find};
-use crate::view::{Budget, View};
+use crate::view::Budget;
 
 /// Write what a mount would show to a directory
 ///
@@ -62,7 +62,7 @@ shows it of the others.";
 pub(super) fn run(args: &ExportArgs) -> Result<()> {
     // Nothing is read twice: there is nothing to keep.
     let budget = Budget { cache: 0, ..Budget::default() };
-    let view = View::open(&args.model, &args.recipe.request(), budget)?;
+    let view = args.recipe.open(&args.model, budget)?;
     warn_all(view.warnings());
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let step = match args.shards {
@@ -113,10 +113,11 @@ pub(super) fn run(args: &ExportArgs) -> Result<()> {
         kept => format!(", {} of them there before", bytes(kept)),
     };
     print(&format!(
-        "{part}{} files, {}{kept} in {:.1} s: {out}\n",
+        "{part}{} files, {}{kept} in {:.1} s: {out}\n{}",
         summary.files,
         bytes(summary.bytes),
         started.elapsed().as_secs_f64(),
+        args.recipe.lines(view.root(), &args.out),
     ))
 }
 

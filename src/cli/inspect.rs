@@ -32,7 +32,7 @@ pub(super) struct InspectArgs {
 }
 
 pub(super) fn run(args: &InspectArgs) -> Result<()> {
-    let view = View::open(&args.model, &args.recipe.request(), Budget::default())?;
+    let view = args.recipe.open(&args.model, Budget::default())?;
     let text = match (args.json, args.summary) {
         (true, _) => serde_json::to_string_pretty(&as_json(&view)).expect("JSON serializes") + "\n",
         (false, summary) => as_text(&view, !summary),
@@ -88,7 +88,11 @@ fn rows(model: &Model) -> impl Iterator<Item = (&Tensor, Vec<&Item>, &Decision)>
 
 fn shown_len(model: &Model, items: &[&Item]) -> u64 {
     let catalog = model.checkpoint().catalog();
-    items.iter().map(|item| model.plan().byte_len(catalog, item)).sum()
+    // Of what several tensors become, each has its share.
+    let share = |item: &&Item| {
+        model.plan().byte_len(catalog, item) / model.plan().weights_of(item).len().max(1) as u64
+    };
+    items.iter().map(share).sum()
 }
 
 /// The place of a model below the view's root, `.` for the root itself.

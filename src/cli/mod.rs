@@ -6,6 +6,7 @@ mod mount;
 mod status;
 mod unmount;
 
+use std::path::Path;
 use std::process::ExitCode;
 
 use clap::builder::PossibleValuesParser;
@@ -13,10 +14,11 @@ use clap::{Parser, Subcommand, ValueEnum};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::FORMATS;
+use crate::loader::{self, LOADERS, Loader};
 use crate::memory;
 use crate::quant::{Granularity, Quality, Real, Storage};
-use crate::recipe::{Request, ScaleFormat};
-use crate::view::Budget;
+use crate::recipe::{Override, Request, ScaleFormat};
+use crate::view::{Budget, View};
 
 /// Show a safetensors checkpoint as a quantized one, without writing it.
 ///
@@ -149,6 +151,15 @@ fn bytes(bytes: u64) -> String {
 #[derive(Clone, Debug, clap::Args)]
 #[command(next_help_heading = "Recipe")]
 struct RecipeArgs {
+    /// The program that will load it: picks a format that suits it, refuses what it can't load, and
+    /// prints how it is told to
+    #[arg(
+        long = "for",
+        value_name = "LOADER",
+        value_parser = PossibleValuesParser::new(loader_names())
+    )]
+    loader: Option<String>,
+
     /// How the quantized checkpoint is written down [default: compressed-tensors, or dense where
     /// plain numbers are asked for]
     #[arg(long, value_name = "NAME", value_parser = PossibleValuesParser::new(format_names()))]
@@ -164,7 +175,7 @@ struct RecipeArgs {
 
     /// Weights of a row that share a scale: a number, or `channel` for the whole row
     /// [default: the format's, mostly 128]
-    #[arg(long, value_name = "N|channel", value_parser = granularity)]
+    #[arg(long, value_name = "N|channel", value_parser = str::parse::<Granularity>)]
     group_size: Option<Granularity>,
 
     /// Codes are centred on zero [default: the format's, mostly this]
@@ -206,9 +217,19 @@ struct RecipeArgs {
 
     /// Quantize only modules whose name matches this glob, or regex after `re:`; repeatable
     ///
-    /// It also opts in what is kept otherwise, such as `lm_head` or a vision tower.
+    /// It also opts in the vision and audio towers and projectors that it matches.
     #[arg(long, value_name = "PATTERN")]
     only: Vec<String>,
+
+    /// Quantize modules whose name matches otherwise: to BITS, in groups of GROUP or `channel`, or
+    /// not at all where BITS is `keep`; repeatable
+    ///
+    /// Of several that match a module, the last one counts. Weights that loaders read as one (q, k and
+    /// v; gate and up; all experts) share what any of them is set to. A vision or audio tower or a
+    /// projector is opted in by a pattern that names it. compressed-tensors and mlx can mix schemes;
+    /// in other formats modules can only be kept.
+    #[arg(long, value_name = "PATTERN=BITS[/GROUP]", value_parser = str::parse::<Override>)]
+    set: Vec<Override>,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -246,6 +267,34 @@ enum RealArg {
 }
 
 impl RecipeArgs {
+    /// The loader that is named, if one is.
+    fn loader(&self) -> Option<&'static Loader> {
+        self.loader.as_deref().map(|name| loader::find(name).expect("a name that was offered"))
+    }
+
+    /// The view of a model, if the loader that is named can load it.
+    fn open(&self, model: &Path, budget: Budget) -> Result<View> {
+        let request = self.request();
+        let loader = self.loader();
+        if let Some(loader) = loader {
+            loader.check_format(&request.format)?;
+        }
+        let view = View::open(model, &request, budget)?;
+        if let Some(loader) = loader {
+            loader.check(&view, &request)?;
+        }
+        Ok(view)
+    }
+
+    /// What to type to load `path`, which shows the model in `source`; nothing where no loader is
+    /// named.
+    fn lines(&self, source: &Path, path: &Path) -> String {
+        let Some(loader) = self.loader() else { return String::new() };
+        let text = std::fs::read_to_string(source.join("config.json")).unwrap_or_default();
+        let config = serde_json::from_str(&text).ok();
+        loader.lines(&self.request(), config.as_ref(), &path.display().to_string()) + "\n"
+    }
+
     fn request(&self) -> Request {
         let bits = self.profile.map(|profile| match profile {
             Profile::Edge => 2,
@@ -253,7 +302,8 @@ impl RecipeArgs {
             Profile::Cloud => 8,
         });
         let dense = self.simulate.is_some() || self.dtype.is_some();
-        let format = if dense { "dense" } else { "compressed-tensors" };
+        let preferred = self.loader().map_or("compressed-tensors", |loader| loader.prefers);
+        let format = if dense { "dense" } else { preferred };
         Request {
             format: self.format.clone().unwrap_or_else(|| format.to_owned()),
             bits: self.bits.or(bits),
@@ -282,20 +332,17 @@ impl RecipeArgs {
             }),
             skip: self.skip.clone(),
             only: self.only.clone(),
+            set: self.set.clone(),
         }
     }
 }
 
-fn format_names() -> Vec<clap::builder::PossibleValue> {
-    FORMATS.iter().map(|f| clap::builder::PossibleValue::new(f.name()).help(f.about())).collect()
+fn loader_names() -> Vec<clap::builder::PossibleValue> {
+    LOADERS.iter().map(|l| clap::builder::PossibleValue::new(l.name).help(l.about)).collect()
 }
 
-fn granularity(text: &str) -> Result<Granularity, String> {
-    match text.parse::<u32>() {
-        _ if text == "channel" => Ok(Granularity::Channel),
-        Ok(size) if size > 0 => Ok(Granularity::Group(size)),
-        _ => Err("neither a number of weights nor `channel`".to_owned()),
-    }
+fn format_names() -> Vec<clap::builder::PossibleValue> {
+    FORMATS.iter().map(|f| clap::builder::PossibleValue::new(f.name()).help(f.about())).collect()
 }
 
 /// Memory knobs.
@@ -443,6 +490,20 @@ mod tests {
                     ..base()
                 }),
             ),
+            (
+                "--set *.down_proj=8/channel --set a=keep",
+                Some(Request {
+                    set: ["*.down_proj=8/channel", "a=16"]
+                        .map(|s| s.parse().expect("valid"))
+                        .into(),
+                    ..base()
+                }),
+            ),
+            ("--for mlx-lm", Some(Request { format: "mlx".to_owned(), ..base() })),
+            ("--for vllm --format ct-fp8", Some(Request { format: "ct-fp8".to_owned(), ..base() })),
+            ("--for nobody", None),
+            ("--set a", None),
+            ("--set a=x", None),
             ("--format no-such", None),
         ];
         for (line, expected) in cases {

@@ -76,12 +76,14 @@ pub(super) fn run(args: &MountArgs) -> Result<()> {
         };
         let (file, path) = log.unzip();
         start_logging(file);
-        return mount::run(|| open(args), &options(args, path)?, &mut |ready| announce(&ready));
+        return mount::run(|| open(args), &options(args, path)?, &mut |ready| {
+            announce(args, &ready)
+        });
     }
     // The subcommand is the first argument: nothing may stand before it.
     let given = std::env::args_os().skip(2);
     let subcommand = ["mount", "--daemon"].map(OsString::from);
-    announce(&mount::start(subcommand.into_iter().chain(given))?)
+    announce(args, &mount::start(subcommand.into_iter().chain(given))?)
 }
 
 fn in_background(args: &MountArgs) -> Result<()> {
@@ -104,7 +106,7 @@ fn in_background(args: &MountArgs) -> Result<()> {
 
 fn open(args: &MountArgs) -> Result<View> {
     let budget = Budget { ahead: AHEAD, ..args.budget.budget() };
-    View::open(&args.model, &args.recipe.request(), budget)
+    args.recipe.open(&args.model, budget)
 }
 
 fn options(args: &MountArgs, log: Option<PathBuf>) -> Result<Options> {
@@ -113,15 +115,16 @@ fn options(args: &MountArgs, log: Option<PathBuf>) -> Result<Options> {
     Ok(Options { mountpoint, allow_other: args.allow_other, log })
 }
 
-fn announce(ready: &Ready) -> Result<()> {
+fn announce(args: &MountArgs, ready: &Ready) -> Result<()> {
     warn_all(&ready.warnings);
     print(&format!(
-        "{}: {} as {}, {} instead of {}\n",
+        "{}: {} as {}, {} instead of {}\n{}",
         ready.mountpoint.display(),
         ready.model.display(),
         ready.shown_as,
         bytes(ready.shown_bytes),
         bytes(ready.source_bytes),
+        args.recipe.lines(&ready.model, &ready.mountpoint),
     ))
 }
 

@@ -23,6 +23,9 @@
 //! With double quantization the JSON ends with a mean over the whole weight, and is padded with spaces
 //! to a length that does not depend on it.
 //!
+//! Experts that are stored one by one are kept: transformers joins them into one parameter, and reads no
+//! codes there.
+//!
 //! `X.weight` of 4 bits may be declared as BF16, F16 or F32, of the same bytes.
 //!
 //! Upstream: `bitsandbytes/functional.py` and `nn/modules.py` of bitsandbytes 0.50.2,
@@ -35,7 +38,7 @@ use super::{Format, Plan, Reader, by_layout, ran, skip};
 use crate::dtype::Dtype;
 use crate::error::Result;
 use crate::quant::{Codebook, CodebookScheme, Granularity, LlmInt8Scheme, Scheme, Storage};
-use crate::recipe::{Assignment, Decision, Request};
+use crate::recipe::{Assignment, Decision, Request, Schemes};
 use crate::source::Catalog;
 
 /// One of the 4-bit formats.
@@ -105,9 +108,10 @@ impl Format for FourBit {
         };
         let storage = request.storage.unwrap_or(Storage::U8);
         let (codebook, double, quality) = (self.codebook, request.double_quant, request.quality);
-        let scheme =
+        let dense =
             Scheme::Codebook(CodebookScheme { codebook, block_size, storage, double, quality });
-        let assignment = Assignment::new(catalog, config, request, scheme)?;
+        let schemes = Schemes { dense, experts: None };
+        let assignment = Assignment::new(catalog, config, request, schemes)?;
         let mut plan = Plan::new(assignment, catalog.tensors().len() * 4);
         let bytes = |table: &[f32]| table.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>();
         let (table, nested) = (bytes(&codebook.table()), bytes(&CodebookScheme::nested_table()));
@@ -177,8 +181,8 @@ impl Format for Int8 {
 
     fn plan(&self, catalog: &Catalog, config: Option<&Value>, request: &Request) -> Result<Plan> {
         self.takes().check(self.name(), request)?;
-        let scheme = Scheme::LlmInt8(LlmInt8Scheme);
-        let assignment = Assignment::new(catalog, config, request, scheme)?;
+        let schemes = Schemes { dense: Scheme::LlmInt8(LlmInt8Scheme), experts: None };
+        let assignment = Assignment::new(catalog, config, request, schemes)?;
         let mut plan = Plan::new(assignment, catalog.tensors().len() * 3);
         for id in 0..catalog.tensors().len() {
             match plan.assignment[id] {

@@ -20,12 +20,13 @@
 
 use serde_json::{Value, json};
 
+use super::ct_config::{declare, group};
 use super::takes::{Grain, Takes};
 use super::{Format, Plan, Reader, by_layout, ran};
 use crate::dtype::Dtype;
 use crate::error::Result;
 use crate::quant::{Granularity, IntScheme, Packing, Scheme};
-use crate::recipe::{Assignment, Decision, Request, Schemes, is_expert, module_of};
+use crate::recipe::{Assignment, Decision, Joined, Offer, Request, Schemes, is_expert};
 use crate::source::Catalog;
 
 /// `compressed-tensors`: pack-quantized, weight-only integers of 2 to 8 bits.
@@ -76,14 +77,13 @@ impl Format for PackQuantized {
     fn plan(&self, catalog: &Catalog, config: Option<&Value>, request: &Request) -> Result<Plan> {
         let takes = self.takes();
         takes.check(self.name(), request)?;
-        let scheme = IntScheme {
+        plan(catalog, config, request, |request| IntScheme {
             bits: takes.bits(request),
             granularity: takes.granularity(request),
             symmetric: request.symmetric.unwrap_or(true),
             packing: Packing::Packed32,
             quality: request.quality,
-        };
-        plan(catalog, config, request, scheme)
+        })
     }
 }
 
@@ -121,14 +121,13 @@ impl Format for IntQuantized {
 
     fn plan(&self, catalog: &Catalog, config: Option<&Value>, request: &Request) -> Result<Plan> {
         self.takes().check(self.name(), request)?;
-        let scheme = IntScheme {
+        plan(catalog, config, request, |request| IntScheme {
             bits: 8,
             granularity: Granularity::Channel,
             symmetric: true,
             packing: Packing::Int8,
             quality: request.quality,
-        };
-        plan(catalog, config, request, scheme)
+        })
     }
 }
 
@@ -136,36 +135,37 @@ fn plan(
     catalog: &Catalog,
     config: Option<&Value>,
     request: &Request,
-    int: IntScheme,
+    scheme: impl Fn(&Request) -> IntScheme,
 ) -> Result<Plan> {
-    let experts = experts_scheme(catalog, int);
-    let schemes = Schemes { dense: Scheme::Int(int), experts: Scheme::Int(experts) };
-    let assignment = Assignment::new(catalog, config, request, schemes)?;
-    let mut has_experts = false;
+    let offer = Offer::mixed(request, Joined::Projections, |request| {
+        let dense = scheme(request);
+        let experts = experts_scheme(catalog, dense);
+        Schemes { dense: Scheme::Int(dense), experts: Some(Scheme::Int(experts)) }
+    });
+    let assignment = Assignment::new(catalog, config, request, offer)?;
     let mut plan = Plan::new(assignment, catalog.tensors().len() * 2);
     for (id, tensor) in catalog.tensors().iter().enumerate() {
-        let Decision::Quantize(scheme) = plan.assignment[id] else {
+        let Decision::Quantize(Scheme::Int(int)) = plan.assignment[id] else {
             plan.keep(id);
             continue;
         };
-        let is_expert = is_expert(module_of(&tensor.name));
-        let int = if is_expert { experts } else { int };
-        has_experts |= is_expert;
         let parts: &[&str] = match (int.packing, int.symmetric) {
             (Packing::Packed32, true) => &["weight_packed", "weight_scale"],
             (Packing::Packed32, false) => &["weight_packed", "weight_scale", "weight_zero_point"],
             (Packing::Int8, true) => &["weight", "weight_scale"],
             (Packing::Int8, false) => &["weight", "weight_scale", "weight_zero_point"],
         };
-        plan.encode(id, scheme, parts);
+        plan.encode(id, Scheme::Int(int), parts);
         if int.packing == Packing::Packed32 {
             let shape = [tensor.shape[0], tensor.shape[1]].map(u64::to_le_bytes);
             plan.inline(id, "weight_shape", (Dtype::I64, &[2]), shape.as_flattened());
         }
     }
-    let experts = (has_experts && experts != int).then_some(experts);
-    let value = quantization_config(int, experts, plan.assignment.ignore());
-    plan.declare("quantization_config", value);
+    let base = Scheme::Int(scheme(request));
+    declare(&mut plan, catalog, base, |scheme, target| match scheme {
+        Scheme::Int(int) => config_group(int, target),
+        _ => unreachable!("nothing else was offered"),
+    });
     Ok(plan)
 }
 
@@ -184,33 +184,7 @@ fn experts_scheme(catalog: &Catalog, scheme: IntScheme) -> IntScheme {
     if fits { packed } else { IntScheme { granularity: Granularity::Channel, ..packed } }
 }
 
-/// What `quantization_config` says of integers. `experts` is their scheme, where it is one of their
-/// own.
-fn quantization_config(scheme: IntScheme, experts: Option<IntScheme>, ignore: &[String]) -> Value {
-    let dense = config_group(scheme, "Linear");
-    let format = dense["format"].clone();
-    let Some(experts) = experts else {
-        return declared(&format, &json!({ "group_0": dense }), ignore);
-    };
-    // The loader finds the experts' group by the word in its pattern.
-    let experts = config_group(experts, r"re:(?:.*\.)?experts\.\d+\..*");
-    let format = if experts["format"] == format { format } else { "mixed-precision".into() };
-    declared(&format, &json!({ "group_0": dense, "group_1": experts }), ignore)
-}
-
-/// `quantization_config` as compressed-tensors 0.20 writes it, less its null fields: older readers
-/// refuse fields that they don't know.
-pub(super) fn declared(format: &Value, groups: &Value, ignore: &[String]) -> Value {
-    json!({
-        "quant_method": "compressed-tensors",
-        "format": format,
-        "quantization_status": "compressed",
-        "config_groups": groups,
-        "ignore": ignore,
-    })
-}
-
-fn config_group(scheme: IntScheme, target: &str) -> Value {
+fn config_group(scheme: IntScheme, target: String) -> Value {
     let mut weights = json!({
         "num_bits": scheme.bits,
         "type": "int",
@@ -236,17 +210,6 @@ fn config_group(scheme: IntScheme, target: &str) -> Value {
         ),
     };
     group(format, target, weights, activations)
-}
-
-/// One of `config_groups`.
-pub(super) fn group(format: &str, target: &str, weights: Value, activations: Value) -> Value {
-    json!({
-        "format": format,
-        "targets": [target],
-        "weights": weights,
-        "input_activations": activations,
-        "output_activations": null,
-    })
 }
 
 #[cfg(test)]

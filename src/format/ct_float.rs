@@ -26,14 +26,14 @@
 
 use serde_json::{Value, json};
 
-use super::compressed_tensors::{declared, group};
+use super::ct_config::{declare, group};
 use super::takes::{Grain, Takes};
 use super::{Format, Plan, Reader, by_layout, ran};
 use crate::error::Result;
 use crate::quant::{
     Fp8Grain, Fp8Scale, Fp8Scheme, MicroDialect, MicroFloat, MicroScheme, Quality, Scheme,
 };
-use crate::recipe::{Assignment, Decision, Request};
+use crate::recipe::{Assignment, Decision, Request, Schemes};
 use crate::source::Catalog;
 
 /// One of the float formats.
@@ -43,6 +43,9 @@ pub(super) struct CtFloat {
     about: &'static str,
     takes: Takes,
     readers: &'static [Reader],
+    /// How experts are written that are stored one by one. transformers joins them, which it can't
+    /// where scales are of blocks, or of other types than their codes.
+    experts: Option<&'static CtFloat>,
     scheme: fn(Quality) -> Scheme,
     suffixes: &'static [&'static str],
     /// What follows the module in the name of the scalar, if the scheme has one.
@@ -63,6 +66,7 @@ pub(super) static FP8: CtFloat = CtFloat {
     about: "FP8 per channel, activations per token, for transformers, vLLM, SGLang and mistral.rs",
     takes: takes(8, Grain::Channel),
     readers: &[TRANSFORMERS, by_layout("vLLM"), by_layout("SGLang"), by_layout("mistral.rs")],
+    experts: Some(&FP8),
     scheme: |_| fp8(Fp8Grain::Channel),
     suffixes: &["weight", "weight_scale"],
     scalar: None,
@@ -77,6 +81,7 @@ pub(super) static FP8_TENSOR: CtFloat = CtFloat {
     name: "ct-fp8-tensor",
     about: "FP8 per tensor, activations per tensor, for transformers, vLLM and SGLang",
     takes: takes(8, Grain::Tensor),
+    experts: Some(&FP8_TENSOR),
     scheme: |_| fp8(Fp8Grain::Tensor),
     suffixes: &["weight"],
     scalar: Some("weight_scale"),
@@ -93,6 +98,7 @@ pub(super) static FP8_BLOCK: CtFloat = CtFloat {
     about: "FP8 per block of 128 x 128, for transformers, vLLM, SGLang and mistral.rs",
     takes: takes(8, Grain::Squares(128)),
     readers: &[TRANSFORMERS, by_layout("vLLM"), by_layout("SGLang"), by_layout("mistral.rs")],
+    experts: Some(&FP8),
     scheme: |_| fp8(Fp8Grain::Block(128)),
     suffixes: &["weight", "weight_scale"],
     scalar: None,
@@ -116,6 +122,7 @@ pub(super) static NVFP4: CtFloat = CtFloat {
     name: "ct-nvfp4",
     about: "NVFP4, weight-only, for transformers, vLLM, SGLang and mistral.rs",
     takes: takes(4, Grain::Groups(&[16])),
+    experts: Some(&NVFP4),
     scheme: |quality| micro(MicroFloat::E2m1, MicroDialect::TensorGroup, quality),
     suffixes: &["weight_packed", "weight_scale"],
     scalar: Some("weight_global_scale"),
@@ -138,6 +145,7 @@ pub(super) static MXFP4: CtFloat = CtFloat {
     about: "MXFP4, weight-only, for transformers and vLLM",
     takes: takes(4, Grain::Groups(&[32])),
     readers: &[TRANSFORMERS, by_layout("vLLM")],
+    experts: Some(&MXFP4),
     scheme: |quality| micro(MicroFloat::E2m1, MicroDialect::CompressedTensors, quality),
     suffixes: &["weight_packed", "weight_scale"],
     scalar: None,
@@ -153,6 +161,7 @@ pub(super) static MXFP8: CtFloat = CtFloat {
     about: "MXFP8, weight-only, for transformers and vLLM",
     takes: takes(8, Grain::Groups(&[32])),
     readers: &[TRANSFORMERS, by_layout("vLLM")],
+    experts: None,
     scheme: |quality| micro(MicroFloat::E4m3, MicroDialect::CompressedTensors, quality),
     suffixes: &["weight", "weight_scale"],
     scalar: None,
@@ -208,8 +217,9 @@ impl Format for CtFloat {
 
     fn plan(&self, catalog: &Catalog, config: Option<&Value>, request: &Request) -> Result<Plan> {
         self.takes.check(self.name, request)?;
-        let scheme = (self.scheme)(request.quality);
-        let assignment = Assignment::new(catalog, config, request, scheme)?;
+        let dense = (self.scheme)(request.quality);
+        let experts = self.experts.map(|format| (format.scheme)(request.quality));
+        let assignment = Assignment::new(catalog, config, request, Schemes { dense, experts })?;
         let mut plan = Plan::new(assignment, catalog.tensors().len() * 2);
         for id in 0..catalog.tensors().len() {
             match plan.assignment[id] {
@@ -225,6 +235,17 @@ impl Format for CtFloat {
         if self.fuses {
             plan.fuse_surveys(catalog);
         }
+        declare(&mut plan, catalog, dense, |scheme, target| match self.experts {
+            Some(format) if scheme != dense => format.group(target),
+            _ => self.group(target),
+        });
+        Ok(plan)
+    }
+}
+
+impl CtFloat {
+    /// What the config says of modules in this format.
+    fn group(&self, target: String) -> Value {
         let mut weights = json!({
             "num_bits": self.takes.bits[0],
             "type": "float",
@@ -234,11 +255,7 @@ impl Format for CtFloat {
         for (key, value) in (self.weights)().as_object().into_iter().flatten() {
             weights[key] = value.clone();
         }
-        let groups =
-            json!({ "group_0": group(self.format, "Linear", weights, (self.activations)()) });
-        let value = declared(&self.format.into(), &groups, plan.assignment.ignore());
-        plan.declare("quantization_config", value);
-        Ok(plan)
+        group(self.format, target, weights, (self.activations)())
     }
 }
 

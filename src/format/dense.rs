@@ -65,6 +65,7 @@ impl Format for Dense {
             ("scale format", request.scale_format.is_some()),
             ("storage type", request.storage.is_some()),
             ("double quantization", request.double_quant),
+            ("--set", !request.set.is_empty()),
         ];
         if quantized.is_none()
             && let Some((what, _)) = given.into_iter().find(|(_, given)| *given)

@@ -10,21 +10,26 @@
 //!         X.scales  U8           [R, C/g]     E8M0; in nvfp4 mode E4M3
 //! ```
 //!
+//! Experts `M.experts.N.P.weight` are shown as one weight `M.switch_mlp.P` of shape `[E, R, C]`, in the
+//! shard of the first.
+//!
 //! Token embeddings and the output head are quantized too. A loader takes a module for quantized
 //! when it has `scales`, so what is kept needs no list. Both `quantization` and
 //! `quantization_config` declare the same.
 //!
 //! Upstream: `mlx.core.quantize` of mlx 0.32.4, `mlx_lm/utils.py` of mlx-lm 0.32.2.
 
+use std::collections::HashMap;
+
 use serde_json::{Value, json};
 
 use super::takes::{Grain, Takes};
-use super::{Format, Plan, Reader, ran};
+use super::{Format, Plan, Reader, by_layout, mlx_mixtures, ran};
 use crate::error::Result;
 use crate::quant::{
     AffineScheme, Granularity, MicroDialect, MicroFloat, MicroScheme, Quality, Scheme,
 };
-use crate::recipe::{Assignment, Decision, Request};
+use crate::recipe::{Assignment, Decision, Joined, Offer, Request, Schemes, module_of};
 use crate::source::Catalog;
 
 /// One of MLX's modes of quantization.
@@ -96,30 +101,69 @@ impl Format for Mlx {
     }
 
     fn readers(&self) -> &'static [Reader] {
-        const { &[ran("mlx-lm", "0.32.2, a Llama (`tests/consumers/mlx_formats.py`)")] }
+        const MLX_LM: Reader =
+            ran("mlx-lm", "0.32.2, a Llama and five mixtures (`tests/consumers/mlx_*.py`)");
+        match self.mode {
+            "affine" => const { &[MLX_LM, by_layout("mistral.rs")] },
+            _ => const { &[MLX_LM] },
+        }
     }
 
     fn plan(&self, catalog: &Catalog, config: Option<&Value>, request: &Request) -> Result<Plan> {
         self.takes.check(self.name, request)?;
-        let bits = self.takes.bits(request);
-        let Granularity::Group(group_size) = self.takes.granularity(request) else {
-            unreachable!("MLX has groups")
+        let numbers = |request: &Request| match self.takes.granularity(request) {
+            Granularity::Group(size) => (self.takes.bits(request), size),
+            Granularity::Channel => unreachable!("MLX has groups"),
         };
-        let scheme = (self.scheme)(bits, group_size, request.quality);
-        let assignment = Assignment::with_ends(catalog, config, request, scheme)?;
+        let scheme = |request: &Request| {
+            let (bits, group_size) = numbers(request);
+            (self.scheme)(bits, group_size, request.quality)
+        };
+        let stacks = mlx_mixtures::stacks(catalog, config);
+        let mut offer = Offer::mixed(request, Joined::Stacks, |request| {
+            let dense = scheme(request);
+            Schemes { dense, experts: stacks.as_ref().map(|_| dense) }
+        });
+        if mlx_mixtures::splits_kv_b(config) && !matches!(scheme(request), Scheme::Affine(_)) {
+            offer = offer.sparing(".kv_b_proj", "split by the loader");
+        }
+        let assignment = Assignment::with_ends(catalog, config, request, offer)?;
         let mut plan = Plan::new(assignment, catalog.tensors().len() * 3);
         plan.framework = "mlx";
-        let suffixes: &[&str] = match scheme {
+        let suffixes: &[&str] = match scheme(request) {
             Scheme::Affine(_) => &["weight", "scales", "biases"],
             _ => &["weight", "scales"],
         };
-        for id in 0..catalog.tensors().len() {
-            match plan.assignment[id] {
-                Decision::Quantize(scheme) => plan.encode(id, scheme, suffixes),
-                Decision::Keep { .. } => plan.keep(id),
+        let mut places = HashMap::new();
+        for (mut stack, ids) in stacks.into_iter().flatten() {
+            if matches!(plan.assignment[ids[0]], Decision::Quantize(_)) {
+                let places_of = ids.iter().enumerate();
+                places.extend(places_of.map(|(place, id)| (*id, (plan.stacks.len(), place))));
+                stack.weights = vec![0; ids.len()];
+                plan.stacks.push(stack);
             }
         }
-        let declared = json!({ "group_size": group_size, "bits": bits, "mode": self.mode });
+        for id in 0..catalog.tensors().len() {
+            match (&plan.assignment[id], places.get(&id)) {
+                (Decision::Quantize(scheme), Some(place)) => {
+                    plan.encode_stacked(id, *scheme, *place, suffixes);
+                }
+                (Decision::Quantize(scheme), None) => plan.encode(id, *scheme, suffixes),
+                (Decision::Keep { .. }, _) => plan.keep(id),
+            }
+        }
+        let describe = |bits: u8, group_size: u32| json!({ "group_size": group_size, "bits": bits, "mode": self.mode });
+        let (bits, group_size) = numbers(request);
+        let mut declared = describe(bits, group_size);
+        for item in &plan.items {
+            if let Some(weight) = plan.weights_of(item).first()
+                && let Scheme::Affine(affine) = plan.weights[*weight].scheme
+                && (affine.bits, affine.group_size) != (bits, group_size)
+            {
+                declared[module_of(&plan.name(catalog, item))] =
+                    describe(affine.bits, affine.group_size);
+            }
+        }
         plan.declare("quantization", declared.clone());
         plan.declare("quantization_config", declared);
         Ok(plan)

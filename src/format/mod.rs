@@ -7,11 +7,13 @@
 mod awq;
 mod bitsandbytes;
 mod compressed_tensors;
+mod ct_config;
 mod ct_float;
 mod dense;
 mod fp8_block;
 mod gptq;
 mod mlx;
+mod mlx_mixtures;
 mod mxfp4;
 mod skip;
 mod takes;
@@ -116,6 +118,8 @@ pub struct Plan {
     /// The weights that are encoded, in source order, and then whatever else is not stored as it is
     /// shown.
     pub weights: Vec<Weight>,
+    /// Weights whose parts are shown as one.
+    pub stacks: Vec<Stack>,
     /// The source tensors, of one scheme, that are surveyed together before any of them can be
     /// encoded.
     pub surveys: Vec<Vec<TensorId>>,
@@ -176,6 +180,16 @@ impl Weight {
     }
 }
 
+/// Weights of one shape and scheme whose parts are shown one after the other, as one tensor with a
+/// dimension more.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Stack {
+    /// The module that holds them.
+    pub module: String,
+    /// Positions in [`Plan::weights`].
+    pub weights: Vec<usize>,
+}
+
 /// One tensor that a view shows.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Item {
@@ -199,6 +213,13 @@ pub enum Content {
     Part {
         /// Position in [`Plan::weights`].
         weight: usize,
+        /// Position in the scheme's parts.
+        part: usize,
+    },
+    /// The same part of several encoded weights.
+    Stacked {
+        /// Position in [`Plan::stacks`].
+        stack: usize,
         /// Position in the scheme's parts.
         part: usize,
     },
@@ -229,6 +250,7 @@ impl Plan {
         Self {
             assignment,
             weights: Vec::new(),
+            stacks: Vec::new(),
             surveys: Vec::new(),
             items: Vec::with_capacity(tensors),
             config: Map::new(),
@@ -274,6 +296,24 @@ impl Plan {
             weight.survey = Some(survey);
         }
         self.surveys = surveys;
+    }
+
+    /// Encodes a source tensor into the next place of a stack. The first one's shard shows the stack.
+    fn encode_stacked(
+        &mut self,
+        id: TensorId,
+        scheme: Scheme,
+        (stack, place): (usize, usize),
+        suffixes: &[&'static str],
+    ) {
+        self.stacks[stack].weights[place] = self.weights.len();
+        self.weights.push(Weight { tensor: id, scheme, decoded: None, survey: None });
+        if place == 0 {
+            for (part, suffix) in suffixes.iter().enumerate() {
+                let content = Content::Stacked { stack, part };
+                self.items.push(Item { tensor: id, suffix: Some(suffix), content });
+            }
+        }
     }
 
     /// Shows the scalar of the weight encoded last, as the last member of a JSON object that begins
@@ -342,22 +382,36 @@ impl Plan {
         self.items.push(Item { tensor: id, suffix: Some(suffix), content });
     }
 
+    /// The weights that an item shows a part of, one after the other.
+    pub fn weights_of<'a>(&'a self, item: &'a Item) -> &'a [usize] {
+        match &item.content {
+            Content::Source | Content::Inline { .. } => &[],
+            Content::Part { weight, .. } | Content::Scalar { weight, .. } => {
+                std::slice::from_ref(weight)
+            }
+            Content::Stacked { stack, .. } => &self.stacks[*stack].weights,
+        }
+    }
+
     /// The name of an item in three parts: the source's, what joins them, and the suffix.
     pub fn name_parts<'a>(
-        &self,
+        &'a self,
         catalog: &'a Catalog,
         item: &Item,
     ) -> (&'a str, &'static str, &'static str) {
         let name = catalog[item.tensor].name.as_str();
-        match item.suffix {
-            None => (name, "", ""),
-            Some(suffix) if suffix.starts_with('_') => (name, "", suffix),
-            Some(suffix) => (module_of(name), ".", suffix),
+        match (item.suffix, &item.content) {
+            (None, _) => (name, "", ""),
+            (Some(suffix), Content::Stacked { stack, .. }) => {
+                (&self.stacks[*stack].module, ".", suffix)
+            }
+            (Some(suffix), _) if suffix.starts_with('_') => (name, "", suffix),
+            (Some(suffix), _) => (module_of(name), ".", suffix),
         }
     }
 
     /// The name of an item.
-    pub fn name<'a>(&self, catalog: &'a Catalog, item: &Item) -> Cow<'a, str> {
+    pub fn name<'a>(&'a self, catalog: &'a Catalog, item: &Item) -> Cow<'a, str> {
         match self.name_parts(catalog, item) {
             (name, _, "") => name.into(),
             (name, joint, suffix) => format!("{name}{joint}{suffix}").into(),
@@ -373,6 +427,13 @@ impl Plan {
             Content::Part { weight, part } => {
                 let part = self.weights[*weight].parts(tensor).swap_remove(*part);
                 (part.dtype, part.shape.into())
+            }
+            Content::Stacked { stack, part } => {
+                let weights = &self.stacks[*stack].weights;
+                let part = self.weights[weights[0]].parts(tensor).swap_remove(*part);
+                let mut shape = vec![weights.len() as u64];
+                shape.extend(part.shape);
+                (part.dtype, shape.into())
             }
             Content::Scalar { json: Some(json), .. } => {
                 (Dtype::U8, vec![json_len(json) as u64].into())

@@ -66,6 +66,12 @@ impl Takes {
     /// # Errors
     /// `Invalid`, with what there is instead.
     pub(super) fn check(&self, format: &str, request: &Request) -> Result<()> {
+        for set in &request.set {
+            if let Some(applied) = set.applied(request) {
+                self.check(format, &applied)
+                    .map_err(|error| error::invalid(format!("--set {:?}: {error}", set.pattern)))?;
+            }
+        }
         let refuse = |text: String| Err(error::invalid(format!("{format} {text}")));
         if let Some(bits) = request.bits.filter(|bits| !self.bits.contains(bits)) {
             if self.bits.is_empty() {

@@ -36,6 +36,19 @@ pub enum Granularity {
     Channel,
 }
 
+impl std::str::FromStr for Granularity {
+    type Err = String;
+
+    /// Reads a number of weights, or `channel`.
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.parse::<u32>() {
+            _ if text == "channel" => Ok(Self::Channel),
+            Ok(size) if size > 0 => Ok(Self::Group(size)),
+            _ => Err("neither a number of weights nor `channel`".to_owned()),
+        }
+    }
+}
+
 /// How codes lie in memory.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Packing {

@@ -9,7 +9,8 @@
 
 use std::collections::HashSet;
 
-use super::linear::{self, Kind, Reason};
+use super::linear::{Kind, Reason};
+use super::{stack_of, vocabulary};
 use crate::threads;
 
 /// One module whose weight is kept though the loader may have a Linear there.
@@ -17,12 +18,12 @@ use crate::threads;
 pub(super) struct KeptModule<'a> {
     /// Its name in the checkpoint.
     pub(super) name: &'a str,
-    /// What [`linear::classify`] says of its weight.
+    /// What [`classify`](super::linear::classify) says of its weight.
     pub(super) kind: Kind,
 }
 
-/// The entries of `quantization_config.ignore`: exact names first, in the order of `kept`, then
-/// patterns, which begin with `re:`. `quantized` are the names of all quantized modules.
+/// The entries of `quantization_config.ignore`: names in the order of `kept`, then more patterns, which
+/// begin with `re:`. Of a mixture's experts all are kept or none. `quantized` are the names of all quantized modules.
 pub(super) fn ignore(kept: &[KeptModule<'_>], quantized: &[&str]) -> Vec<String> {
     let mut seen = HashSet::new();
     let mut list = Vec::new();
@@ -31,7 +32,19 @@ pub(super) fn ignore(kept: &[KeptModule<'_>], quantized: &[&str]) -> Vec<String>
             list.push(name);
         }
     };
+    // Of experts there may be tens of thousands: one entry for a mixture, or for all.
+    let any_quantized = quantized.iter().any(|module| stack_of(module).is_some());
     for module in kept {
+        if let Some((mixture, _)) = stack_of(module.name) {
+            if any_quantized {
+                let names = loader_names(mixture).into_iter().chain([mixture.to_owned()]);
+                let names: Vec<String> = names.map(|name| regex::escape(&name)).collect();
+                add(format!(r"re:(?:{})(?:\..*)?$", names.join("|")));
+            } else {
+                add(r"re:(?:.*\.)?experts(?:\.\d+\..*)?$".to_owned());
+            }
+            continue;
+        }
         add(module.name.to_owned());
         for name in loader_names(module.name) {
             add(name);
@@ -44,7 +57,7 @@ pub(super) fn ignore(kept: &[KeptModule<'_>], quantized: &[&str]) -> Vec<String>
     let gathered = threads::map_ranges(quantized.len(), |range| {
         let modules = &quantized[range];
         let taken = modules.iter().copied().filter(|module| seen.contains(*module));
-        let blocks = modules.iter().map(|module| linear::before_number(module));
+        let blocks = modules.iter().map(|module| vocabulary::before_number(module));
         let tails = modules.iter().map(|module| tail(module));
         [taken.collect(), blocks.collect(), tails.collect::<HashSet<&str>>()]
     });
@@ -93,7 +106,11 @@ fn moved(module: &str) -> Vec<String> {
     } else if let Some(rest) = module.strip_prefix("language_model.") {
         vec![rest.to_owned(), format!("model.{module}")]
     } else if let Some(rest) = module.strip_prefix("model.") {
-        vec![rest.to_owned()]
+        vec![
+            rest.to_owned(),
+            format!("model.language_model.{rest}"),
+            format!("language_model.{module}"),
+        ]
     } else {
         vec![format!("model.{module}")]
     }
@@ -115,7 +132,7 @@ fn reworded(module: &str) -> Option<String> {
     WORDS.iter().find_map(|(old, new)| Some(format!("{}{new}", module.strip_suffix(old)?)))
 }
 
-/// Words of the parts that lead into a language model; see [`linear::classify`].
+/// Words of the parts that lead into a language model; see [`classify`](super::linear::classify).
 const PART_WORDS: &[&str] = &[
     "vision",
     "visual",
@@ -188,10 +205,10 @@ impl Net {
             Self::Routers => any(&|reason, _| reason == Reason::Router),
             Self::Heads => true,
             Self::SplitAttention => any(&|reason, module| {
-                reason == Reason::Rearranged && linear::splits_attention(module)
+                reason == Reason::Rearranged && vocabulary::splits_attention(module)
             }),
             Self::SplitFeedForward => any(&|reason, module| {
-                reason == Reason::Rearranged && !linear::splits_attention(module)
+                reason == Reason::Rearranged && !vocabulary::splits_attention(module)
             }),
         }
     }
@@ -291,6 +308,20 @@ mod tests {
         let list = ignore(&[gate], &["model.layers.0.mlp.up_proj"]);
         assert!(list.contains(&"layers.0.mlp.gate".to_owned()));
         assert!(list.iter().any(|entry| entry.starts_with("re:") && entry.contains("router")));
+        let expert =
+            KeptModule { name: "model.layers.0.mlp.experts.7.up_proj", kind: Kind::Linear };
+        #[track_caller]
+        fn matched(list: &[String], module: &str) -> bool {
+            let patterns = list.iter().filter_map(|entry| entry.strip_prefix("re:"));
+            patterns
+                .map(|p| Regex::new(&format!("^(?:{p})")).expect("valid"))
+                .any(|r| r.is_match(module))
+        }
+        for quantized in ["model.layers.0.mlp.up_proj", "model.layers.1.mlp.experts.7.up_proj"] {
+            let list = ignore(&[expert], &[quantized]);
+            assert!(matched(&list, expert.name) && !matched(&list, quantized), "{list:?}");
+            assert!(matched(&list, "layers.0.mlp.experts"), "{list:?}");
+        }
         let list = ignore(&[gate], &["layers.0.mlp.gate"]);
         assert!(!list.contains(&"layers.0.mlp.gate".to_owned()));
         assert!(!list.iter().any(|entry| entry.contains("router")));
@@ -300,6 +331,9 @@ mod tests {
     fn a_language_model_is_found_on_either_side_of_model() {
         let names = loader_names("language_model.model.layers.0.mlp.gate");
         assert!(names.contains(&"model.language_model.layers.0.mlp.gate".to_owned()));
+        let names = loader_names("model.layers.0.mlp.gate");
+        assert!(names.contains(&"model.language_model.layers.0.mlp.gate".to_owned()));
+        assert!(names.contains(&"language_model.model.layers.0.mlp.gate".to_owned()));
         let names = loader_names("vit.encoder.layer.0.attention.attention.query");
         assert!(names.contains(&"vit.layers.0.attention.q_proj".to_owned()));
     }

@@ -2,7 +2,9 @@
 
 mod ignore;
 mod linear;
+mod overrides;
 mod pattern;
+mod vocabulary;
 
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -10,14 +12,15 @@ use std::collections::HashMap;
 use serde_json::Value;
 
 use crate::dtype::Dtype;
-use crate::error::Result;
+use crate::error::{self, Result};
 use crate::quant::{Granularity, Quality, Real, Scheme, Storage};
 use crate::source::{Catalog, Tensor, TensorId};
 use crate::threads;
 use ignore::KeptModule;
-pub use linear::fused_group;
 use linear::{Kind, Reason};
+pub use overrides::{Joined, Override, Setting, stack_of};
 use pattern::Patterns;
+pub use vocabulary::fused_group;
 
 /// What the user asked for: flags, before any checkpoint is looked at.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -46,6 +49,8 @@ pub struct Request {
     pub skip: Vec<String>,
     /// The only modules to quantize: globs, or regexes after `re:`; empty for all.
     pub only: Vec<String>,
+    /// What some modules become instead; of those that match one, the last counts.
+    pub set: Vec<Override>,
 }
 
 impl Default for Request {
@@ -63,6 +68,7 @@ impl Default for Request {
             dtype: None,
             skip: Vec::new(),
             only: Vec::new(),
+            set: Vec::new(),
         }
     }
 }
@@ -97,13 +103,46 @@ pub struct Schemes {
     /// For every weight but those of experts.
     pub dense: Scheme,
     /// For the weights of experts that are stored one by one. Loaders that join them into one
-    /// tensor read them all with one scheme, and not with every scheme.
-    pub experts: Scheme,
+    /// tensor read them all with one scheme, and not with every scheme; none where they read none.
+    pub experts: Option<Scheme>,
 }
 
 impl From<Scheme> for Schemes {
     fn from(scheme: Scheme) -> Self {
-        Self { dense: scheme, experts: scheme }
+        Self { dense: scheme, experts: Some(scheme) }
+    }
+}
+
+/// All that a format offers for a request.
+#[derive(Clone, Debug)]
+pub struct Offer {
+    schemes: Schemes,
+    /// In place of `schemes`, for each of the request's overrides; none where the format has one
+    /// scheme for a whole checkpoint.
+    overrides: Vec<Option<Schemes>>,
+    joined: Joined,
+    spared: Option<(&'static str, &'static str)>,
+}
+
+impl Offer {
+    /// A format whose checkpoints may mix schemes: those of a request, whatever its bits and groups.
+    /// Weights that its loaders read as one share one.
+    pub fn mixed(request: &Request, joined: Joined, schemes: impl Fn(&Request) -> Schemes) -> Self {
+        let of = |set: &Override| set.applied(request).map(|request| schemes(&request));
+        let overrides = request.set.iter().map(of).collect();
+        Self { overrides, joined, ..schemes(request).into() }
+    }
+
+    /// Without the modules whose name ends with `leaf`, for the reason given.
+    pub fn sparing(self, leaf: &'static str, reason: &'static str) -> Self {
+        Self { spared: Some((leaf, reason)), ..self }
+    }
+}
+
+impl<T: Into<Schemes>> From<T> for Offer {
+    fn from(schemes: T) -> Self {
+        let joined = Joined::Projections;
+        Self { schemes: schemes.into(), overrides: Vec::new(), joined, spared: None }
     }
 }
 
@@ -116,21 +155,21 @@ pub struct Assignment {
 }
 
 impl Assignment {
-    /// Decides for every tensor, offering one of `schemes` to each.
+    /// Decides for every tensor, giving each one of the schemes offered.
     ///
     /// Quantized is what is provably the weight of a Linear, is not spared for the
     /// part it plays unless `--only` names it, passes the request's patterns, and is accepted by
     /// the scheme. Weights that loaders fuse into one share one decision.
     ///
     /// # Errors
-    /// `Invalid` for a malformed pattern.
+    /// `Invalid` for a malformed pattern and for overrides where the format has one scheme.
     pub fn new(
         catalog: &Catalog,
         config: Option<&Value>,
         request: &Request,
-        schemes: impl Into<Schemes>,
+        offer: impl Into<Offer>,
     ) -> Result<Self> {
-        Self::decide(catalog, config, request, schemes.into(), Ends::Keep)
+        Self::decide(catalog, config, request, &offer.into(), Ends::Keep)
     }
 
     /// As [`new`](Self::new), for a loader that takes token embeddings and the output head
@@ -142,10 +181,10 @@ impl Assignment {
         catalog: &Catalog,
         config: Option<&Value>,
         request: &Request,
-        schemes: impl Into<Schemes>,
+        offer: impl Into<Offer>,
     ) -> Result<Self> {
         let ends = if is_untied(config) { Ends::QuantizeBoth } else { Ends::QuantizeEmbedding };
-        Self::decide(catalog, config, request, schemes.into(), ends)
+        Self::decide(catalog, config, request, &offer.into(), ends)
     }
 
     /// As [`new`](Self::new), for a format that takes experts stored as one tensor, and nothing else.
@@ -156,18 +195,27 @@ impl Assignment {
         catalog: &Catalog,
         config: Option<&Value>,
         request: &Request,
-        schemes: impl Into<Schemes>,
+        offer: impl Into<Offer>,
     ) -> Result<Self> {
-        Self::decide(catalog, config, request, schemes.into(), Ends::FusedExpertsAlone)
+        Self::decide(catalog, config, request, &offer.into(), Ends::FusedExpertsAlone)
     }
 
     fn decide(
         catalog: &Catalog,
         config: Option<&Value>,
         request: &Request,
-        schemes: Schemes,
+        offer: &Offer,
         ends: Ends,
     ) -> Result<Self> {
+        let sets_bits = |set: &&Override| set.to != Setting::Keep;
+        if let (Some(set), true) = (request.set.iter().find(sets_bits), offer.overrides.is_empty())
+        {
+            return Err(error::invalid(format!(
+                "--set {:?}: {} has one scheme for a whole checkpoint, and takes PATTERN=keep alone; \
+                 compressed-tensors and mlx take several",
+                set.pattern, request.format
+            )));
+        }
         let skip = Patterns::new("--skip", &request.skip)?;
         let only = Patterns::new("--only", &request.only)?;
         let entries: Vec<linear::Entry<'_>> = catalog
@@ -180,15 +228,28 @@ impl Assignment {
             })
             .collect();
         let kinds = linear::classify(&entries, config);
-        let decided = threads::map_ranges(kinds.len(), |range| {
-            let tensors = catalog.tensors()[range.clone()].iter().zip(&kinds[range]);
-            tensors
-                .map(|(tensor, kind)| decide(tensor, *kind, &skip, &only, schemes, ends))
-                .collect::<Vec<_>>()
-        });
+        let (choices, mut warnings) = overrides::choose(catalog, &kinds, request, offer.joined)?;
+        let judge = |id: TensorId| {
+            let tensor = &catalog[id];
+            let (set, schemes) = match choices.get(id).copied().flatten() {
+                Some(choice) => (Some(&request.set[choice]), offer.overrides.get(choice)),
+                None => (None, None),
+            };
+            let schemes = schemes.copied().flatten().unwrap_or(offer.schemes);
+            let decision = decide(tensor, kinds[id], &skip, &only, set, schemes, ends);
+            match (offer.spared, decision) {
+                (Some((leaf, reason)), Decision::Quantize(_))
+                    if module_of(&tensor.name).ends_with(leaf) =>
+                {
+                    Decision::Keep { reason: reason.into(), linear: true }
+                }
+                (_, decision) => decision,
+            }
+        };
+        let decided =
+            threads::map_ranges(kinds.len(), |range| range.map(judge).collect::<Vec<_>>());
         let mut decisions: Vec<Decision> = decided.into_iter().flatten().collect();
-        keep_fused_together(catalog, &mut decisions);
-        let mut warnings = Vec::new();
+        keep_together(catalog, offer.joined, &mut decisions);
         let modules = || catalog.tensors().iter().map(|tensor| module_of(&tensor.name));
         for (flag, patterns) in [("--skip", &skip), ("--only", &only)] {
             for pattern in patterns.unused(modules()) {
@@ -200,25 +261,20 @@ impl Assignment {
         } else if config.is_none() {
             warnings.push("no config.json, so nothing declares the quantization".to_owned());
         }
-        let experts = |wanted: &dyn Fn(&Decision) -> bool| {
+        let expert = |wanted: &dyn Fn(&Decision) -> bool| {
             catalog.tensors().iter().zip(&kinds).zip(&decisions).any(|((t, kind), d)| {
                 *kind == Kind::Linear && wanted(d) && is_expert(module_of(&t.name))
             })
         };
-        if experts(&|decision| matches!(decision, Decision::Keep { .. }))
-            && decisions.iter().any(|decision| matches!(decision, Decision::Quantize(_)))
-        {
-            warnings.push(
-                "experts are kept: transformers 5 can't load them into a quantized model"
-                    .to_owned(),
-            );
-        } else if schemes.experts != schemes.dense
-            && experts(&|decision| matches!(decision, Decision::Quantize(_)))
-        {
-            warnings.push(
-                "experts have a scheme of their own: loaders read them packed, symmetric and alike"
-                    .to_owned(),
-            );
+        let is_quantized = |decision: &Decision| matches!(decision, Decision::Quantize(_));
+        if offer.schemes.experts.is_none() && expert(&|_| true) {
+            warnings.push(format!(
+                "experts are kept: loaders can't join quantized ones in {}",
+                request.format
+            ));
+        } else if offer.schemes.experts != Some(offer.schemes.dense) && expert(&is_quantized) {
+            warnings
+                .push("experts have a scheme of their own: loaders read them in it alone".into());
         }
         warnings.extend(fused_experts_kept(catalog, &kinds, &decisions, config));
         let ignore = ignored(catalog, &kinds, &decisions);
@@ -242,6 +298,11 @@ impl Assignment {
     pub fn warnings(&self) -> &[String] {
         &self.warnings
     }
+
+    /// Adds a line to what the user should know.
+    pub(crate) fn warn(&mut self, warning: impl Into<String>) {
+        self.warnings.push(warning.into());
+    }
 }
 
 impl std::ops::Index<TensorId> for Assignment {
@@ -255,6 +316,16 @@ impl std::ops::Index<TensorId> for Assignment {
 /// The module that a tensor belongs to: its name without its last component.
 pub fn module_of(tensor: &str) -> &str {
     tensor.rsplit_once('.').map_or(tensor, |(module, _)| module)
+}
+
+/// Other names by which a loader may hold a quantized module, be it as a part of a fused one.
+pub fn names_in_loaders(module: &str) -> Vec<String> {
+    let mut names = ignore::loader_names(module);
+    if let Some(fused) = vocabulary::fused_name(module) {
+        names.extend(ignore::loader_names(&fused));
+        names.push(fused);
+    }
+    names
 }
 
 /// Whether the module belongs to one of several experts that are stored one by one.
@@ -288,9 +359,11 @@ impl Ends {
             Reason::FusedExperts => self == Self::FusedExpertsAlone,
             Reason::Embedding => {
                 matches!(self, Self::QuantizeEmbedding | Self::QuantizeBoth)
-                    && linear::is_token_embedding(module)
+                    && vocabulary::is_token_embedding(module)
             }
-            Reason::OutputHead => self == Self::QuantizeBoth && linear::is_language_head(module),
+            Reason::OutputHead => {
+                self == Self::QuantizeBoth && vocabulary::is_language_head(module)
+            }
             _ => false,
         }
     }
@@ -309,6 +382,7 @@ fn decide(
     kind: Kind,
     skip: &Patterns,
     only: &Patterns,
+    set: Option<&Override>,
     schemes: Schemes,
     ends: Ends,
 ) -> Decision {
@@ -320,7 +394,9 @@ fn decide(
         }
         Kind::Linear => {}
         Kind::Spared(reason) | Kind::Other(reason) if ends.quantizes(module, reason) => {}
-        Kind::Spared(reason) if reason.is_opt_in() && only.find(module).is_some() => {}
+        Kind::Spared(reason)
+            if reason.is_opt_in() && only.find(module).is_some()
+                || set.is_some_and(|set| set.opts_in(reason)) => {}
         Kind::Spared(reason) | Kind::Doubtful(reason) | Kind::Other(reason) => {
             return keep(reason.as_str().into());
         }
@@ -331,17 +407,38 @@ fn decide(
     if let Some(pattern) = skip.find(module) {
         return keep(format!("--skip {pattern:?}").into());
     }
-    let scheme = if is_expert(module) { schemes.experts } else { schemes.dense };
+    if let Some(Override { pattern, to: Setting::Keep }) = set {
+        return keep(format!("--set {pattern:?}").into());
+    }
+    let scheme = match schemes.experts {
+        _ if !is_expert(module) => schemes.dense,
+        Some(scheme) => scheme,
+        None => return keep("an expert, which loaders can't join quantized".into()),
+    };
     match scheme.accepts(tensor.dtype, &tensor.shape) {
         Ok(()) => Decision::Quantize(scheme),
         Err(reason) => keep(reason.into()),
     }
 }
 
-/// Keeps the rest of a fused group (q/k/v, gate/up, …) where one of it is kept: engines load the
-/// group as one weight, with one scheme.
-fn keep_fused_together(catalog: &Catalog, decisions: &mut [Decision]) {
-    let group = |id: TensorId| linear::fused_group(catalog[id].name.strip_suffix(".weight")?);
+/// Keeps the rest of a fused group (q/k/v, gate/up, …) or of a mixture's experts where one of it is
+/// kept: loaders read the group as one weight, with one scheme.
+fn keep_together(catalog: &Catalog, joined: Joined, decisions: &mut [Decision]) {
+    keep_groups(catalog, decisions, |module| joined.mixture(module));
+    keep_groups(catalog, decisions, |module| {
+        let (parent, family) = vocabulary::fused_group(module)?;
+        Some((parent, family))
+    });
+    // What was kept of one expert for its own gate's sake is kept of all.
+    keep_groups(catalog, decisions, |module| joined.mixture(module));
+}
+
+fn keep_groups<'a>(
+    catalog: &'a Catalog,
+    decisions: &mut [Decision],
+    group_of: impl Fn(&'a str) -> Option<(&'a str, &'a str)>,
+) {
+    let group = |id: TensorId| group_of(catalog[id].name.strip_suffix(".weight")?);
     let mut kept = HashMap::new();
     for (id, decision) in decisions.iter().enumerate() {
         if let Decision::Keep { reason, .. } = decision

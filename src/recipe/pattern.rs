@@ -49,6 +49,11 @@ impl Patterns {
         hit.map(|(text, _)| text.as_str())
     }
 
+    /// The position of the last pattern that a module's name matches.
+    pub(super) fn find_last(&self, module: &str) -> Option<usize> {
+        self.0.iter().rposition(|(_, pattern)| pattern.matches(module))
+    }
+
     /// The patterns that match none of the modules.
     pub(super) fn unused<'a>(
         &self,

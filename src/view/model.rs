@@ -118,11 +118,18 @@ impl Model {
         self.checkpoint.catalog().tensors().iter().map(|tensor| tensor.stored_len()).sum()
     }
 
-    /// The items that each tensor becomes, in the catalog's order.
+    /// The items that each tensor becomes, or becomes a part of, in the catalog's order.
     pub fn items_by_tensor(&self) -> Vec<Vec<&Item>> {
         let mut items = vec![Vec::new(); self.checkpoint.catalog().tensors().len()];
         for item in &self.plan.items {
-            items[item.tensor].push(item);
+            match item.content {
+                Content::Stacked { .. } => {
+                    for weight in self.plan.weights_of(item) {
+                        items[self.plan.weights[*weight].tensor].push(item);
+                    }
+                }
+                _ => items[item.tensor].push(item),
+            }
         }
         items
     }
@@ -197,8 +204,14 @@ impl Model {
                         let range = range.start as usize..range.end as usize;
                         out.copy_from_slice(&inline.bytes[range]);
                     }
-                    Content::Part { weight, part } => {
-                        self.read_part(engine, *weight, *part, range.start, out)?;
+                    Content::Part { part, .. } | Content::Stacked { part, .. } => {
+                        let mut rest = out;
+                        for (weight, range) in self.runs(&self.plan.items[id], range) {
+                            let len = (range.end - range.start) as usize;
+                            let (out, after) = rest.split_at_mut(len);
+                            rest = after;
+                            self.read_part(engine, weight, *part, range.start, out)?;
+                        }
                     }
                     Content::Scalar { weight, json } => {
                         let bytes = self.scalar(engine, *weight, json.as_deref())?;
@@ -208,6 +221,21 @@ impl Model {
             }
         }
         Ok(())
+    }
+
+    /// A range of an item as ranges of the part of each weight that it shows.
+    fn runs<'a>(
+        &'a self,
+        item: &'a Item,
+        range: Range<u64>,
+    ) -> impl Iterator<Item = (usize, Range<u64>)> + 'a {
+        let weights = self.plan.weights_of(item);
+        let len = self.plan.byte_len(self.checkpoint.catalog(), item) / weights.len() as u64;
+        (range.start / len..=(range.end - 1) / len).map(move |place| {
+            let start = place * len;
+            let within = range.start.max(start) - start..range.end.min(start + len) - start;
+            (weights[place as usize], within)
+        })
     }
 
     fn read_part(
@@ -272,10 +300,14 @@ impl Model {
         let chunk_bytes = engine.budget.chunk;
         let chunks = move |piece| match piece {
             Piece::Item(id, range) => match self.plan.items[id].content {
-                Content::Part { weight, part: 0 } => {
-                    let grid = self.grid(weight, chunk_bytes);
-                    let chunks = grid.chunk_at(0, range.start)..=grid.chunk_at(0, range.end - 1);
-                    Some(chunks.map(move |chunk| (weight, chunk)))
+                Content::Part { part: 0, .. } | Content::Stacked { part: 0, .. } => {
+                    let runs = self.runs(&self.plan.items[id], range);
+                    Some(runs.flat_map(move |(weight, range)| {
+                        let grid = self.grid(weight, chunk_bytes);
+                        let chunks =
+                            grid.chunk_at(0, range.start)..=grid.chunk_at(0, range.end - 1);
+                        chunks.map(move |chunk| (weight, chunk))
+                    }))
                 }
                 _ => None,
             },

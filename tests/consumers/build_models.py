@@ -262,9 +262,10 @@ def build(name, directory):
     model = getattr(transformers, class_name)(config).eval()
     random = torch.Generator().manual_seed(sum(name.encode()))
     with torch.no_grad():
-        for parameter in model.parameters():
+        for path, parameter in model.named_parameters():
             if parameter.dim() >= 2:
-                fan_in = math.prod(parameter.shape[1:]) if parameter.dim() > 2 else parameter.shape[1]
+                # Of experts each is a matrix of its own; of a convolution all but the outputs come in.
+                fan_in = parameter.shape[-1] if "experts" in path else math.prod(parameter.shape[1:])
                 parameter.copy_(torch.randn(parameter.shape, generator=random) / math.sqrt(fan_in))
     model = model.to(torch.bfloat16)
     model.save_pretrained(directory, max_shard_size="200KB")

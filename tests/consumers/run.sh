@@ -27,10 +27,14 @@ load "${some[@]}" --group-size channel
 load "${some[@]}" --asymmetric
 load "${some[@]}" --asymmetric --group-size channel --quality reference
 load "${some[@]}" --bits 8 --format ct-int8
+load "${some[@]}" --set '*.experts.*=8'
+load "${some[@]}" --set '*.down_proj=8' --set '*.v_proj=6/channel' --set '*.experts.*=4/32'
 "$python" tests/consumers/covered.py "$bin"
 "$python" tests/consumers/pipeline.py "$bin"
 "$python" tests/consumers/closeness.py "$bin" tests/fixtures/llama-bf16
 "$python" tests/consumers/formats.py "$bin" tests/fixtures/llama-bf16
 "$python" tests/consumers/formats.py "$bin" "$models/gpt-oss" mxfp4
 "$python" tests/consumers/mlx_formats.py "$bin" tests/fixtures/llama-bf16
+"$python" tests/consumers/mixtures.py "$bin" "$models"
+"$python" tests/consumers/mlx_mixtures.py "$bin" "$models"
 "$python" tests/consumers/mistral.py "$bin" tests/fixtures/llama-bf16

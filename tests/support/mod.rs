@@ -145,6 +145,46 @@ pub(crate) fn llama(dir: &Path) -> PathBuf {
     dir.to_owned()
 }
 
+/// A mixture of three experts in one layer, in two shards, and in neither in order.
+pub(crate) fn mixture(dir: &Path) -> PathBuf {
+    let name = |rest: &str| format!("model.layers.0.{rest}.weight");
+    let expert = |number: usize, projection: &str, shape: [usize; 2]| {
+        Tensor::weights(&name(&format!("mlp.experts.{number}.{projection}")), Dtype::BF16, &shape)
+    };
+    let experts = |number| {
+        [
+            expert(number, "down_proj", [256, 128]),
+            expert(number, "gate_proj", [128, 256]),
+            expert(number, "up_proj", [128, 256]),
+        ]
+    };
+    let mut first = vec![
+        Tensor::weights("model.embed_tokens.weight", Dtype::BF16, &[97, 256]),
+        Tensor::weights(&name("self_attn.q_proj"), Dtype::BF16, &[256, 256]),
+        Tensor::weights(&name("self_attn.k_proj"), Dtype::BF16, &[128, 256]),
+        Tensor::weights(&name("self_attn.v_proj"), Dtype::BF16, &[128, 256]),
+        Tensor::weights(&name("self_attn.o_proj"), Dtype::BF16, &[256, 256]),
+        Tensor::weights(&name("mlp.gate"), Dtype::BF16, &[3, 256]),
+    ];
+    first.extend(experts(1));
+    let mut last: Vec<Tensor> = experts(2).into_iter().chain(experts(0)).collect();
+    last.push(Tensor::weights("lm_head.weight", Dtype::BF16, &[97, 256]));
+    let config = json!({
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "hidden_size": 256,
+        "moe_intermediate_size": 128,
+        "num_hidden_layers": 1,
+        "num_experts": 3,
+        "vocab_size": 97,
+        "tie_word_embeddings": false,
+    });
+    let shards =
+        [("model-00001-of-00002.safetensors", first), ("model-00002-of-00002.safetensors", last)];
+    write_checkpoint(dir, &shards, &config);
+    dir.to_owned()
+}
+
 /// A checkpoint shaped as gpt-oss, of shards named as those of [`llama`]: two layers of three experts,
 /// one layer in F16 and F32.
 pub(crate) fn gpt_oss(dir: &Path) -> PathBuf {
