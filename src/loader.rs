@@ -1,4 +1,4 @@
-//! Loaders that `--for` names: what each reads, what it can't, and how it is told to.
+//! Loaders that `--for` names: what each reads, what it can't, how it is told.
 //!
 //! A format says which loaders read it at all ([`Format::readers`](crate::format::Format::readers)).
 //! Here is the rest: which format suits a loader best, and what of a model it has no code for. The

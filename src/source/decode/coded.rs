@@ -10,7 +10,7 @@ pub(in crate::source) const OPERANDS: usize = 5;
 /// A weight stored as codes with a scale for each block of them.
 ///
 /// An element is `code * scale`, computed in f32 and rounded once to the logical element type,
-/// unless [`Extra`] or `rounded` say more. The first operand holds the codes, the second the scales.
+/// unless `extra` or `rounded` say more. The first operand holds the codes, the second the scales.
 ///
 /// Codes stand in a matrix of `rows` x `cols`, which is the logical tensor's view as a matrix, or
 /// its flat run of elements (one row), or, where `transposed`, has each slab of it transposed.
