@@ -122,7 +122,7 @@ pub(super) static NVFP4: CtFloat = CtFloat {
     name: "ct-nvfp4",
     about: "NVFP4, weight-only, for transformers, vLLM, SGLang and mistral.rs",
     takes: takes(4, Grain::Groups(&[16])),
-    experts: Some(&NVFP4),
+    experts: None,
     scheme: |quality| micro(MicroFloat::E2m1, MicroDialect::TensorGroup, quality),
     suffixes: &["weight_packed", "weight_scale"],
     scalar: Some("weight_global_scale"),

@@ -485,8 +485,11 @@ mod tests {
         for number in [0.0, 1.0, 0.107_236_86, f32::MAX, f32::MIN_POSITIVE, 1e-45, -1.1754942e-38] {
             let text = json_with(begin, number);
             assert_eq!(text.len(), json_len(begin));
-            let value: Value = serde_json::from_slice(&text).expect("JSON");
-            assert_eq!(value["offset"].as_f64(), Some(number.into()), "{number}");
+            serde_json::from_slice::<Value>(&text).expect("JSON");
+            // Read by the standard library: the JSON one rounds the last digit as it likes.
+            let read = std::str::from_utf8(&text[begin.len()..]).expect("UTF-8");
+            let read = read.trim_end().trim_end_matches('}').parse();
+            assert_eq!(read, Ok(f64::from(number)), "{number}");
         }
         assert!(json_with(begin, f32::NAN).starts_with(br#"{"a": [1], "offset": NaN}"#));
         assert!(json_with(begin, f32::INFINITY).starts_with(br#"{"a": [1], "offset": Infinity}"#));
