@@ -134,6 +134,14 @@ fn request(name: &str) -> Request {
     }
 }
 
+fn from_hex(hex: &Value) -> Vec<u8> {
+    let hex = hex.as_str().expect("hex digits").as_bytes();
+    let byte = |pair: &[u8]| {
+        u8::from_str_radix(std::str::from_utf8(pair).expect("ASCII"), 16).expect("a byte")
+    };
+    hex.chunks(2).map(byte).collect()
+}
+
 /// Members of a config that say nothing of how the bytes are to be read.
 const SILENT: &[&str] = &[
     // Lists of what is kept, which are compared apart.
@@ -181,12 +189,7 @@ fn reference_quality_reproduces_every_recorded_checkpoint() {
             .collect();
         assert!(differing.is_empty(), "{name}: {differing:?}");
         for (tensor, hex) in &loose {
-            let hex = hex.as_str().expect("hex digits").as_bytes();
-            let byte = |pair: &[u8]| {
-                u8::from_str_radix(std::str::from_utf8(pair).expect("ASCII"), 16).expect("a byte")
-            };
-            let theirs: Vec<u8> = hex.chunks(2).map(byte).collect();
-            check_loosely(tensor, &bytes_of(&view, tensor), &theirs);
+            check_loosely(tensor, &bytes_of(&view, tensor), &from_hex(hex));
         }
 
         let config = file(&view, "config.json");
@@ -244,12 +247,20 @@ fn every_recorded_checkpoint_decodes_to_what_its_loader_makes_of_it() {
     });
     let plain = BTreeMap::from(plain);
     let mut checked = 0;
-    for name in recorded.as_object().expect("checkpoints by name").keys() {
+    for (name, checkpoint) in recorded.as_object().expect("checkpoints by name") {
         let dir = tempfile::tempdir().expect("a directory");
         let source = fixtures.join(source_of(name));
         let view = View::open(&source, &request(name), Budget::default()).expect(name);
         let options = Options { threads: 2, overwrite: true, step: Step::Whole };
         export(&view, dir.path(), options, &|_, _| {}).expect("exported");
+        // The loader was asked about its own tool's codes, so where ours are others, as some of
+        // double quantization are, it has not said what they stand for.
+        let is_other = |(part, hex): (&String, &Value)| {
+            let weight = part.strip_suffix(".absmax")?;
+            (bytes_of(&view, part) != from_hex(hex)).then(|| weight.to_owned())
+        };
+        let loose = checkpoint["loose"].as_object();
+        let others: Vec<String> = loose.into_iter().flatten().filter_map(is_other).collect();
         let view = View::open(dir.path(), &dense, Budget::default());
         if !decoded[name].is_object() {
             // Nobody's loader has been asked.
@@ -276,10 +287,12 @@ fn every_recorded_checkpoint_decodes_to_what_its_loader_makes_of_it() {
         assert_eq!(names(&shown), names(&expected), "{name}");
         let differing: Vec<&String> = expected
             .iter()
-            .filter(|(tensor, row)| &shown[*tensor] != *row)
+            .filter(|(tensor, row)| &shown[*tensor] != *row && !others.contains(tensor))
             .map(|(t, _)| t)
             .collect();
         assert!(differing.is_empty(), "{name}: {differing:?}");
+        let rows = decoded[name].as_object().expect("rows").len();
+        assert!(others.len() < rows, "{name}: nothing is left to compare");
         let config = file(&view, "config.json");
         let original = std::fs::read(source.join("config.json")).expect("there");
         assert_eq!(config, serde_json::from_slice::<Value>(&original).expect("JSON"), "{name}");

@@ -272,11 +272,11 @@ mod tests {
             "self_attn.k_proj",
             "self_attn.v_proj",
             "self_attn.o_proj",
-            "mlp.experts.0.gate_proj",
-            "mlp.experts.0.up_proj",
-            "mlp.experts.1.w1",
-            "mlp.experts.1.w2",
-            "mlp.experts.1.w3",
+            "mlp.gate_proj",
+            "mlp.up_proj",
+            "other.w1",
+            "other.w2",
+            "other.w3",
         ];
         let tensor = |name: &str| Tensor {
             name: format!("{name}.weight"),
@@ -305,9 +305,9 @@ mod tests {
             &[
                 &["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
                 &["self_attn.o_proj"],
-                &["mlp.experts.0.gate_proj", "mlp.experts.0.up_proj"],
-                &["mlp.experts.1.w1", "mlp.experts.1.w3"],
-                &["mlp.experts.1.w2"],
+                &["mlp.gate_proj", "mlp.up_proj"],
+                &["other.w1", "other.w3"],
+                &["other.w2"],
             ],
         );
         check(
@@ -317,11 +317,11 @@ mod tests {
                 &["self_attn.k_proj"],
                 &["self_attn.v_proj"],
                 &["self_attn.o_proj"],
-                &["mlp.experts.0.gate_proj"],
-                &["mlp.experts.0.up_proj"],
-                &["mlp.experts.1.w1"],
-                &["mlp.experts.1.w2"],
-                &["mlp.experts.1.w3"],
+                &["mlp.gate_proj"],
+                &["mlp.up_proj"],
+                &["other.w1"],
+                &["other.w2"],
+                &["other.w3"],
             ],
         );
     }
