@@ -65,7 +65,7 @@ pub(super) static FP8: CtFloat = CtFloat {
     name: "ct-fp8",
     about: "FP8 per channel, activations per token, for transformers, vLLM, SGLang and mistral.rs",
     takes: takes(8, Grain::Channel),
-    readers: &[TRANSFORMERS, by_layout("vLLM"), by_layout("SGLang"), by_layout("mistral.rs")],
+    readers: &[TRANSFORMERS, by_layout("vLLM"), by_layout("SGLang"), MISTRAL_RS],
     experts: Some(&FP8),
     scheme: |_| fp8(Fp8Grain::Channel),
     suffixes: &["weight", "weight_scale"],
@@ -97,7 +97,7 @@ pub(super) static FP8_BLOCK: CtFloat = CtFloat {
     name: "ct-fp8-block",
     about: "FP8 per block of 128 x 128, for transformers, vLLM, SGLang and mistral.rs",
     takes: takes(8, Grain::Squares(128)),
-    readers: &[TRANSFORMERS, by_layout("vLLM"), by_layout("SGLang"), by_layout("mistral.rs")],
+    readers: &[TRANSFORMERS, by_layout("vLLM"), by_layout("SGLang"), MISTRAL_RS],
     experts: Some(&FP8),
     scheme: |_| fp8(Fp8Grain::Block(128)),
     suffixes: &["weight", "weight_scale"],
@@ -128,7 +128,7 @@ pub(super) static NVFP4: CtFloat = CtFloat {
     scalar: Some("weight_global_scale"),
     fuses: true,
     format: "nvfp4-pack-quantized",
-    readers: &[TRANSFORMERS, by_layout("vLLM"), by_layout("SGLang"), by_layout("mistral.rs")],
+    readers: &[TRANSFORMERS, by_layout("vLLM"), by_layout("SGLang"), MISTRAL_RS],
     weights: || {
         json!({
             "strategy": "tensor_group",
@@ -170,6 +170,8 @@ pub(super) static MXFP8: CtFloat = CtFloat {
     weights: of_32,
     activations: || Value::Null,
 };
+
+const MISTRAL_RS: Reader = ran("mistral.rs 0.9.5", "a Llama (`tests/consumers/mistral.py`)");
 
 const TRANSFORMERS: Reader =
     ran("transformers", "5.23 + compressed-tensors 0.20.0, a Llama (`tests/consumers/formats.py`)");

@@ -50,7 +50,7 @@ impl Format for Fp8Block {
                 ran("transformers", "5.23, a Llama (`tests/consumers/formats.py`)"),
                 by_layout("vLLM"),
                 by_layout("SGLang"),
-                by_layout("mistral.rs"),
+                ran("mistral.rs 0.9.5", "a Llama (`tests/consumers/mistral.py`)"),
             ]
         }
     }

@@ -24,7 +24,7 @@ use std::collections::HashMap;
 use serde_json::{Value, json};
 
 use super::takes::{Grain, Takes};
-use super::{Format, Plan, Reader, by_layout, mlx_mixtures, ran};
+use super::{Format, Plan, Reader, mlx_mixtures, ran};
 use crate::error::Result;
 use crate::quant::{
     AffineScheme, Granularity, MicroDialect, MicroFloat, MicroScheme, Quality, Scheme,
@@ -104,7 +104,9 @@ impl Format for Mlx {
         const MLX_LM: Reader =
             ran("mlx-lm", "0.32.2, a Llama and five mixtures (`tests/consumers/mlx_*.py`)");
         match self.mode {
-            "affine" => const { &[MLX_LM, by_layout("mistral.rs")] },
+            "affine" => {
+                const { &[MLX_LM, ran("mistral.rs 0.9.5", "a Llama (`tests/consumers/mistral.py`)")] }
+            }
             _ => const { &[MLX_LM] },
         }
     }

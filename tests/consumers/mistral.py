@@ -21,6 +21,7 @@ FORMATS = {
     "ct-fp8": True,
     "ct-fp8-block": True,
     "fp8-block": True,
+    "ct-nvfp4": False,
     "mlx --bits 8": True,
     "mlx --bits 6": False,
     "mlx": False,

@@ -28,6 +28,7 @@ FORMATS = {
     "ct-fp8": 10,
     "ct-fp8-tensor": 10,
     "ct-fp8-block": 10,
+    "ct-nvfp4": 4,
     "ct-mxfp4": 3.5,
     "ct-mxfp8": 13,
     "bnb-nf4": 5,
