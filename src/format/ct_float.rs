@@ -171,7 +171,7 @@ pub(super) static MXFP8: CtFloat = CtFloat {
     activations: || Value::Null,
 };
 
-const MISTRAL_RS: Reader = ran("mistral.rs 0.9.5", "a Llama (`tests/consumers/mistral.py`)");
+const MISTRAL_RS: Reader = ran("mistral.rs", "0.9.5, a Llama (`tests/consumers/mistral.py`)");
 
 const TRANSFORMERS: Reader =
     ran("transformers", "5.23 + compressed-tensors 0.20.0, a Llama (`tests/consumers/formats.py`)");

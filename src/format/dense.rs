@@ -44,7 +44,10 @@ impl Format for Dense {
             &[
                 ran("safetensors", "(`tests/loaders.rs`)"),
                 by_layout("transformers"),
-                ran("diffusers 0.42.1", "a Flux with `--simulate` (`tests/consumers/pipeline.py`)"),
+                ran(
+                    "diffusers",
+                    "0.42.1, a Flux with `--simulate` (`tests/consumers/pipeline.py`)",
+                ),
                 by_layout("vLLM"),
                 by_layout("SGLang"),
                 by_layout("mistral.rs"),

@@ -50,7 +50,7 @@ impl Format for Fp8Block {
                 ran("transformers", "5.23, a Llama (`tests/consumers/formats.py`)"),
                 by_layout("vLLM"),
                 by_layout("SGLang"),
-                ran("mistral.rs 0.9.5", "a Llama (`tests/consumers/mistral.py`)"),
+                ran("mistral.rs", "0.9.5, a Llama (`tests/consumers/mistral.py`)"),
             ]
         }
     }

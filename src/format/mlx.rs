@@ -105,7 +105,7 @@ impl Format for Mlx {
             ran("mlx-lm", "0.32.2, a Llama and five mixtures (`tests/consumers/mlx_*.py`)");
         match self.mode {
             "affine" => {
-                const { &[MLX_LM, ran("mistral.rs 0.9.5", "a Llama (`tests/consumers/mistral.py`)")] }
+                const { &[MLX_LM, ran("mistral.rs", "0.9.5, a Llama (`tests/consumers/mistral.py`)")] }
             }
             _ => const { &[MLX_LM] },
         }
