@@ -148,8 +148,10 @@ impl MicroScheme {
         let parts = self.parts(dtype, &[tile.rows as u64, tile.cols as u64]);
         assert_lengths(&parts, out.iter().map(|out| out.len()));
         let [codes, scales] = out else { unreachable!("two parts") };
-        // Groups are too short for the widest vectors.
-        for_element!(dtype, E => isa.at_most_256_bits().run(Encode::<E> {
+        // A search, and groups of 16, are too short for the widest vectors.
+        let is_short = self.quality == Quality::Search || self.group_size() == 16;
+        let isa = if is_short { isa.at_most_256_bits() } else { isa };
+        for_element!(dtype, E => isa.run(Encode::<E> {
             scheme: self,
             global: self.global::<E>(survey),
             source: E::split(tile.data.bytes()),
