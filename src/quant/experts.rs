@@ -221,7 +221,7 @@ fn words(weights: &[[f32; LANES]; GROUP], scales: &[u32; LANES]) -> [[u32; LANES
                 let x = xs[lane];
                 let sign = if x < 0.0 { 8 } else { 0 };
                 let magnitude = within(x.abs() * reciprocals[lane], E2M1_MAX);
-                let code = (u32::from(e2m1(magnitude)) | sign) & 15;
+                let code = (e2m1(magnitude) | sign) & 15;
                 words[lane] |= code << (4 * i);
             }
         }

@@ -440,14 +440,14 @@ fn e4m3_code(x: f32) -> u8 {
 #[inline(always)]
 fn e2m1_code(x: f32) -> u8 {
     let sign = if x < 0.0 { 8 } else { 0 };
-    e2m1(x.abs()) | sign
+    (e2m1(within(x.abs(), E2M1_MAX)) | sign) as u8
 }
 
 #[inline(always)]
 fn e2m1_down_code(x: f32) -> u8 {
     // 0.25 itself is rounded to zero, which has no sign.
     let sign = if x < -0.25 { 8 } else { 0 };
-    e2m1_down(x.abs()) | sign
+    (e2m1_down(x.abs()) | sign) as u8
 }
 
 /// The scale's code with the least squared error, among `reference` and those nearby.
