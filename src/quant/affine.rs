@@ -22,7 +22,7 @@ use super::grid::Grid;
 use super::int::MODERATE;
 use super::isa::{Isa, Kernel};
 use super::pack::{pack, packed_len, unpack, word_of};
-use super::shape::{assert_lengths, bands, grouped, part};
+use super::shape::{bands, grouped, part};
 use super::tile::{Element, Extremes, NAN, Tile, for_element};
 use super::{Part, Quality, Role};
 
@@ -64,8 +64,6 @@ impl AffineScheme {
 
     pub(super) fn encode(&self, isa: Isa, tile: &Tile<'_>, out: &mut [&mut [u8]]) {
         let dtype = tile.data.dtype();
-        let parts = self.parts(dtype, &[tile.rows as u64, tile.cols as u64]);
-        assert_lengths(&parts, out.iter().map(|out| out.len()));
         let [codes, scales, biases] = out else { unreachable!("three parts") };
         // Groups are too short for the widest vectors, but for a search.
         let isa = match self.quality {
@@ -83,16 +81,7 @@ impl AffineScheme {
         }));
     }
 
-    pub(super) fn decode(
-        &self,
-        dtype: Dtype,
-        (rows, cols): (usize, usize),
-        parts: &[&[u8]],
-        out: &mut [f32],
-    ) {
-        assert_eq!(out.len(), rows * cols, "number of elements");
-        let specs = self.parts(dtype, &[rows as u64, cols as u64]);
-        assert_lengths(&specs, parts.iter().map(|part| part.len()));
+    pub(super) fn decode(&self, dtype: Dtype, cols: usize, parts: &[&[u8]], out: &mut [f32]) {
         let &[codes, scales, biases] = parts else { unreachable!("three parts") };
         let group = self.group_size as usize;
         let row_len = packed_len(cols, self.bits);

@@ -23,7 +23,7 @@ use super::codebook_search::Search;
 use super::grid::{Axis, Grid, PartBytes};
 use super::isa::{Isa, Kernel};
 use super::nested::{self, SCALES};
-use super::shape::{assert_lengths, matrix, part};
+use super::shape::{matrix, part};
 use super::survey::Survey;
 use super::tile::{Element, F32, Tile, for_element};
 use super::{Part, Quality, Role};
@@ -253,8 +253,6 @@ impl CodebookScheme {
     pub(super) fn encode(&self, isa: Isa, tile: &Tile<'_>, survey: &Survey, out: &mut [&mut [u8]]) {
         let weights = tile.cols;
         assert_eq!(tile.rows, 1, "a run of the flattened weight");
-        let parts = self.parts(tile.data.dtype(), &[1, weights as u64]);
-        assert_lengths(&parts, out.iter().map(|out| out.len()));
         let (codes, scales) = match out {
             [codes, scales] => (codes, Scales::Plain(scales)),
             [codes, scales, largest] => {
@@ -270,17 +268,7 @@ impl CodebookScheme {
         }));
     }
 
-    pub(super) fn decode(
-        &self,
-        dtype: Dtype,
-        (rows, cols): (usize, usize),
-        parts: &[&[u8]],
-        out: &mut [f32],
-    ) {
-        assert_eq!(out.len(), rows * cols, "number of elements");
-        let mut specs = self.parts(dtype, &[rows as u64, cols as u64]);
-        specs.extend(self.scalar());
-        assert_lengths(&specs, parts.iter().map(|part| part.len()));
+    pub(super) fn decode(&self, dtype: Dtype, parts: &[&[u8]], out: &mut [f32]) {
         let codes = parts[0];
         let number = |bytes: &[u8], i: usize| F32::widen(F32::split(bytes)[i]);
         let scale = |block: usize| match *parts {
