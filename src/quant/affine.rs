@@ -161,13 +161,10 @@ impl<E: Element> Kernel for Encode<'_, E> {
         let biases = self.biases.chunks_exact_mut(groups * E::SIZE);
         for (r, ((codes, scales), biases)) in rows.zip(scales).zip(biases).enumerate() {
             let row = &self.source[r * self.stride..][..self.cols];
-            let parts = row.chunks_exact(group).zip(row_codes.chunks_exact_mut(group));
-            let row_lines = row_scales.iter_mut().zip(&mut row_biases);
             match &mut search {
                 Some(search) => {
-                    for ((group, out), (scale, bias)) in parts.zip(row_lines) {
-                        Line { scale: *scale, bias: *bias } = search.encode_group::<E>(group, out);
-                    }
+                    let lines = (&mut row_scales[..], &mut row_biases[..]);
+                    search.encode_row::<E>(row, &mut row_codes, lines);
                 }
                 None => {
                     let ranges = row_mins.iter_mut().zip(&mut row_maxs);
@@ -175,10 +172,12 @@ impl<E: Element> Kernel for Encode<'_, E> {
                         Extremes { min: *min, max: *max } = E::range(group);
                     }
                     let ranges = row_mins.iter().zip(&row_maxs);
-                    for ((&min, &max), (scale, bias)) in ranges.zip(row_lines) {
+                    let lines = row_scales.iter_mut().zip(&mut row_biases);
+                    for ((&min, &max), (scale, bias)) in ranges.zip(lines) {
                         Line { scale: *scale, bias: *bias } = fit(high, Extremes { min, max });
                     }
                     let lines = row_scales.iter().zip(&row_biases);
+                    let parts = row.chunks_exact(group).zip(row_codes.chunks_exact_mut(group));
                     for ((group, out), (&scale, &bias)) in parts.zip(lines) {
                         encode_with::<E>(high, Line { scale, bias }, group, out);
                     }

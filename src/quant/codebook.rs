@@ -79,7 +79,7 @@ pub struct CodebookScheme {
 
 impl Codebook {
     /// The table, in the order of codes.
-    pub fn table(self) -> [f32; 16] {
+    pub const fn table(self) -> [f32; 16] {
         match self {
             Self::Nf4 => NF4,
             Self::Fp4 => FP4,
@@ -94,16 +94,19 @@ impl Codebook {
         }
     }
 
-    /// What the search for the nearest entry needs.
-    #[inline(always)]
-    pub(super) fn steps(self) -> Steps {
+    /// The table by rising entries.
+    pub(super) const fn staircase(self) -> Staircase {
         let (table, order) = (self.table(), self.order());
-        let entry = |i: usize| table[usize::from(order[i])];
-        Steps {
-            midpoint: std::array::from_fn(|i| (entry(i) + entry(i + 1)) / 2.0),
-            lowest: entry(0),
-            height: std::array::from_fn(|i| entry(i + 1) - entry(i)),
+        let (mut entries, mut midpoints) = ([0.0; 16], [0.0; 15]);
+        let mut i = 0;
+        while i < 16 {
+            entries[i] = table[order[i] as usize];
+            if i > 0 {
+                midpoints[i - 1] = (entries[i - 1] + entries[i]) / 2.0;
+            }
+            i += 1;
         }
+        Staircase { entries, midpoints }
     }
 }
 
@@ -140,22 +143,60 @@ const FP4: [f32; 16] = {
     table
 };
 
-/// A table as a staircase: where it steps up, from one code and entry to the next.
+/// A table by rising entries.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Steps {
-    pub(super) midpoint: [f32; 15],
-    /// The entry below all midpoints.
-    pub(super) lowest: f32,
-    /// From an entry to the next.
-    pub(super) height: [f32; 15],
+pub(super) struct Staircase {
+    entries: [f32; 16],
+    /// Between each entry and the next.
+    midpoints: [f32; 15],
 }
 
-impl Steps {
+/// One of two, by selection.
+#[inline(always)]
+const fn pick(upper: bool, high: f32, low: f32) -> f32 {
+    if upper { high } else { low }
+}
+
+impl Staircase {
+    /// The entry nearest to `y`.
+    #[inline(always)]
+    pub(super) const fn entry(&self, y: f32) -> f32 {
+        // Halves of halves, for the compiler to do many at a time.
+        let (m, e) = (&self.midpoints, &self.entries);
+        let a = y > m[7];
+        let m = [
+            pick(a, m[8], m[0]),
+            pick(a, m[9], m[1]),
+            pick(a, m[10], m[2]),
+            pick(a, m[11], m[3]),
+            pick(a, m[12], m[4]),
+            pick(a, m[13], m[5]),
+            pick(a, m[14], m[6]),
+        ];
+        let e = [
+            pick(a, e[8], e[0]),
+            pick(a, e[9], e[1]),
+            pick(a, e[10], e[2]),
+            pick(a, e[11], e[3]),
+            pick(a, e[12], e[4]),
+            pick(a, e[13], e[5]),
+            pick(a, e[14], e[6]),
+            pick(a, e[15], e[7]),
+        ];
+        let b = y > m[3];
+        let m = [pick(b, m[4], m[0]), pick(b, m[5], m[1]), pick(b, m[6], m[2])];
+        let e =
+            [pick(b, e[4], e[0]), pick(b, e[5], e[1]), pick(b, e[6], e[2]), pick(b, e[7], e[3])];
+        let c = y > m[1];
+        let (m, e) = (pick(c, m[2], m[0]), [pick(c, e[2], e[0]), pick(c, e[3], e[1])]);
+        pick(y > m, e[1], e[0])
+    }
+
     /// How many midpoints are less than `y`.
     #[inline(always)]
     fn below(&self, y: f32) -> u32 {
         // Selections rather than a lookup, for the compiler to do many at a time.
-        let m = &self.midpoint;
+        let m = &self.midpoints;
         let a = y > m[7];
         let b = y > if a { m[11] } else { m[3] };
         let (low, high) = (if a { m[9] } else { m[1] }, if a { m[13] } else { m[5] });
@@ -179,7 +220,7 @@ impl Steps {
         // In the uppermost bit, whether a midpoint is less; arithmetic alone, for the compiler to do
         // many at a time.
         let m: [u32; 7] =
-            std::array::from_fn(|i| self.midpoint[8 + i].to_bits().wrapping_sub(magnitude));
+            std::array::from_fn(|i| self.midpoints[8 + i].to_bits().wrapping_sub(magnitude));
         // The magnitudes rise in the order of codes 0, 1, 6, 7, 4, 5, 2, 3.
         let one = m[0] ^ m[1] ^ m[2] ^ m[3] ^ m[4] ^ m[5] ^ m[6];
         let (two, four) = (m[1] ^ m[3] ^ m[5], m[1] ^ m[5]);
@@ -309,26 +350,24 @@ impl<E: Element> Kernel for Encode<'_, E> {
     fn run(self) {
         let block = self.scheme.block_size as usize;
         let codebook = self.scheme.codebook;
-        let steps = codebook.steps();
-        let mut search = match self.scheme.quality {
-            Quality::Reference => None,
-            Quality::Search => Some(Search::new(steps, block)),
-        };
         let batch = (BATCH / block).max(1);
         let mut encoder = Encoder::new(codebook, batch * block);
         let mut stored = self.scales;
         let blocks = if matches!(stored, Scales::Plain(_)) { batch } else { SCALES };
         let mut scales = vec![0.0; blocks];
+        let mut search = match self.scheme.quality {
+            Quality::Reference => None,
+            Quality::Search => Some(Search::new(codebook, block, blocks)),
+        };
         let runs = self.source.chunks(blocks * block);
         let runs = runs.zip(self.codes.chunks_mut(blocks * block / 2));
         for (i, (run, codes)) in runs.enumerate() {
             let scales = &mut scales[..run.len().div_ceil(block)];
             for (xs, scale) in run.chunks(block).zip(&mut *scales) {
-                let magnitude = E::magnitude(xs);
-                *scale = match &mut search {
-                    None => magnitude,
-                    Some(search) => search.scale::<E>(xs, magnitude),
-                };
+                *scale = E::magnitude(xs);
+            }
+            if let Some(search) = &mut search {
+                search.scales::<E>(run, scales);
             }
             match &mut stored {
                 Scales::Plain(stored) => {
@@ -365,7 +404,7 @@ impl<E: Element> Kernel for Encode<'_, E> {
 /// Encodes runs of blocks.
 struct Encoder {
     codebook: Codebook,
-    steps: Steps,
+    staircase: Staircase,
     /// One over each weight's scale: a block is too short for a loop of its own.
     reciprocals: Vec<f32>,
     /// The codes of a run, each a byte.
@@ -376,8 +415,8 @@ impl Encoder {
     /// For runs of at most `len` weights.
     #[inline(always)]
     fn new(codebook: Codebook, len: usize) -> Self {
-        let steps = codebook.steps();
-        Self { codebook, steps, reciprocals: vec![0.0; len], codes: vec![0; len] }
+        let staircase = codebook.staircase();
+        Self { codebook, staircase, reciprocals: vec![0.0; len], codes: vec![0; len] }
     }
 
     #[inline(always)]
@@ -399,12 +438,12 @@ impl Encoder {
             // A NaN is beyond no midpoint.
             Codebook::Nf4 => {
                 for ((&raw, reciprocal), code) in pairs {
-                    *code = self.steps.below(E::widen(raw) * reciprocal) as u8;
+                    *code = self.staircase.below(E::widen(raw) * reciprocal) as u8;
                 }
             }
             Codebook::Fp4 => {
                 for ((&raw, reciprocal), code) in pairs {
-                    *code = self.steps.fp4(E::widen(raw) * reciprocal) as u8;
+                    *code = self.staircase.fp4(E::widen(raw) * reciprocal) as u8;
                 }
                 if !all_finite {
                     // Products with one over such a scale are zeros and NaNs.
@@ -428,7 +467,7 @@ mod tests {
 
     /// The code by definition: each midpoint in turn, lowest first.
     fn nearest(codebook: Codebook, y: f32) -> u32 {
-        let midpoints = codebook.steps().midpoint;
+        let midpoints = codebook.staircase().midpoints;
         codebook.order()[midpoints.iter().filter(|midpoint| **midpoint < y).count()].into()
     }
 
@@ -436,13 +475,14 @@ mod tests {
     fn codes_next_to_midpoints_and_at_the_ends_of_the_scale_are_as_defined() {
         let ends = [0.0, f32::from_bits(1), f32::MIN_POSITIVE, 1.0, 1.001, f32::MAX, f32::INFINITY];
         for codebook in [Codebook::Nf4, Codebook::Fp4] {
-            let steps = codebook.steps();
-            let near = steps.midpoint.into_iter().flat_map(|m| [m.next_down(), m, m.next_up()]);
+            let staircase = codebook.staircase();
+            let near =
+                staircase.midpoints.into_iter().flat_map(|m| [m.next_down(), m, m.next_up()]);
             let grid = (0..=1 << 14).map(|i| i as f32 / 16384.0);
             for y in near.chain(ends).chain(grid).flat_map(|y| [y, -y]) {
                 let code = match codebook {
-                    Codebook::Nf4 => steps.below(y),
-                    Codebook::Fp4 => steps.fp4(y),
+                    Codebook::Nf4 => staircase.below(y),
+                    Codebook::Fp4 => staircase.fp4(y),
                 };
                 assert_eq!(code, nearest(codebook, y), "{codebook:?} of {y:e}");
             }
