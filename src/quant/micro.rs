@@ -33,9 +33,10 @@ use crate::dtype::Dtype;
 
 use super::grid::Grid;
 use super::isa::{Isa, Kernel};
+use super::micro_search::Search;
 use super::minifloat::{
-    E2M1_MAX, E4M3_MAX, E4M3_NAN, E8M0_NAN, e2m1, e2m1_down, e2m1_rounded, e2m1_value, e4m3,
-    e4m3_value, e8m0_ceil, e8m0_value, within,
+    E2M1_MAX, E4M3_MAX, E4M3_NAN, E8M0_NAN, e2m1, e2m1_down, e2m1_value, e4m3, e4m3_value,
+    e8m0_ceil, e8m0_value, within,
 };
 use super::pack::pack;
 use super::shape::{bands, grouped, part};
@@ -85,7 +86,7 @@ impl MicroScheme {
 
     /// Whether scales are not powers of two.
     #[inline(always)]
-    fn has_e4m3_scales(&self) -> bool {
+    pub(super) fn has_e4m3_scales(&self) -> bool {
         matches!(self.dialect, MicroDialect::TensorGroup | MicroDialect::MlxE4m3)
     }
 
@@ -146,8 +147,8 @@ impl MicroScheme {
     pub(super) fn encode(&self, isa: Isa, tile: &Tile<'_>, survey: &Survey, out: &mut [&mut [u8]]) {
         let dtype = tile.data.dtype();
         let [codes, scales] = out else { unreachable!("two parts") };
-        // A search, and groups of 16, are too short for the widest vectors.
-        let is_short = self.quality == Quality::Search || self.group_size() == 16;
+        // Groups of 16 are too short for the widest vectors, but for a search.
+        let is_short = self.quality == Quality::Reference && self.group_size() == 16;
         let isa = if is_short { isa.at_most_256_bits() } else { isa };
         for_element!(dtype, E => isa.run(Encode::<E> {
             scheme: self,
@@ -210,7 +211,7 @@ impl MicroScheme {
 
     /// The scales' values.
     #[inline(always)]
-    fn values(&self, scales: &[u8], global: f32, values: &mut [f32]) {
+    pub(super) fn values(&self, scales: &[u8], global: f32, values: &mut [f32]) {
         let pairs = values.iter_mut().zip(scales);
         match self.dialect {
             MicroDialect::TensorGroup => {
@@ -292,6 +293,7 @@ impl<E: Element> Encode<'_, E> {
         let (scheme, global) = (*self.scheme, self.global);
         let bits = scheme.bits();
         let searched = scheme.quality == Quality::Search && scheme.float == MicroFloat::E2m1;
+        let mut search = searched.then(|| Search::new(scheme, global));
         let mut row_codes = vec![0; self.cols];
         // A group is too short for a loop of its own, so its scale is spread over its elements.
         let mut spread = vec![0.0; self.cols];
@@ -311,10 +313,8 @@ impl<E: Element> Encode<'_, E> {
                 *magnitude = E::magnitude(group);
             }
             scheme.scales::<E>(&magnitudes, global, scales);
-            if searched {
-                for (group, scale) in groups.iter().zip(scales.iter_mut()) {
-                    *scale = search::<E, GROUP>(&scheme, global, group, *scale);
-                }
+            if let Some(search) = &mut search {
+                search.improve::<E>(row, scales);
             }
             scheme.values(scales, global, &mut values);
             let mut all_moderate = true;
@@ -436,65 +436,6 @@ fn e2m1_down_code(x: f32) -> u8 {
     // 0.25 itself is rounded to zero, which has no sign.
     let sign = if x < -0.25 { 8 } else { 0 };
     (e2m1_down(x.abs()) | sign) as u8
-}
-
-/// The scale's code with the least squared error, among `reference` and those nearby.
-#[inline(always)]
-fn search<E: Element, const GROUP: usize>(
-    scheme: &MicroScheme,
-    global: f32,
-    group: &[E::Raw; GROUP],
-    reference: u8,
-) -> u8 {
-    // An E4M3 scale spans a factor of two in eight steps.
-    let steps: &[i16] =
-        if scheme.has_e4m3_scales() { &[-3, -2, -1, 1, 2, 3, 4, 5] } else { &[-1, 1] };
-    let lowest = scheme.scale_value(reference, global);
-    if !(f32::from_bits(67 << 23)..=f32::from_bits(187 << 23)).contains(&lowest) {
-        return reference;
-    }
-    let mut x = [0.0; GROUP];
-    for (x, &raw) in x.iter_mut().zip(group) {
-        *x = E::widen(raw);
-    }
-    let mut best = (reference, error(&x, scheme.scale_value(reference, global)));
-    for step in steps {
-        let code = i16::from(reference) + step;
-        if !(1..=126).contains(&code) && scheme.has_e4m3_scales() {
-            continue;
-        }
-        let code = code as u8;
-        let scale = scheme.scale_value(code, global);
-        // A power of two that a loader can't hold.
-        if !scheme.has_e4m3_scales() && E::round(scale) != scale {
-            continue;
-        }
-        let error = error(&x, scale);
-        if error < best.1 {
-            best = (code, error);
-        }
-    }
-    best.0
-}
-
-/// The squared error of a group with that scale, in units of its square root.
-#[inline(always)]
-fn error<const GROUP: usize>(x: &[f32; GROUP], scale: f32) -> f32 {
-    let reciprocal = 1.0 / scale;
-    let mut lanes = [0.0; GROUP];
-    for (lane, x) in lanes.iter_mut().zip(x) {
-        let a = x.abs() * reciprocal;
-        let error = a - e2m1_rounded(within(a, E2M1_MAX));
-        *lane = error * error;
-    }
-    let mut width = GROUP / 2;
-    while width > 0 {
-        for i in 0..width {
-            lanes[i] += lanes[i + width];
-        }
-        width /= 2;
-    }
-    lanes[0] * scale * scale
 }
 
 #[cfg(test)]

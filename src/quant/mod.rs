@@ -19,6 +19,7 @@ mod isa;
 mod lanes;
 mod llm_int8;
 mod micro;
+mod micro_search;
 mod minifloat;
 mod nested;
 mod pack;
