@@ -3,6 +3,8 @@
 use std::hash::Hasher;
 use std::ops::Range;
 
+use rustix::time::ClockId;
+
 use super::buffers::{Buffer, Buffers};
 use super::cache::{Cache, ChunkKey};
 use super::index::{self, VirtualIndex};
@@ -17,7 +19,7 @@ use crate::recipe::Request;
 use crate::source::{
     Checkpoint, Edit, SourceFiles, Tensor, TensorId, Window, edited, edited_within,
 };
-use crate::threads;
+use crate::threads::{self, cpu_ns};
 
 /// A checkpoint and what a format makes of it.
 #[derive(Debug)]
@@ -405,10 +407,13 @@ impl Model {
             cols: place.cols,
         };
         engine.counters.source.add(self.checkpoint.window_len(tensor, &window));
-        self.checkpoint.with_window(&engine.files, tensor, window, |bytes, stride| {
+        let begun = cpu_ns(ClockId::ThreadCPUTime);
+        let made = self.checkpoint.with_window(&engine.files, tensor, window, |bytes, stride| {
             let data = Reals::new(dtype, bytes).expect("the scheme accepted the type");
             f(&Tile { data, rows: place.rows as usize, cols: place.cols as usize, stride })
-        })
+        });
+        engine.counters.encode_ns.add(cpu_ns(ClockId::ThreadCPUTime) - begun);
+        made
     }
 
     fn key(&self, weight: usize, chunk: u64) -> ChunkKey {
