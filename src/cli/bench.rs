@@ -7,6 +7,7 @@ use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
+use std::process::Child;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -22,7 +23,7 @@ use tempfile::TempDir;
 
 use super::{BudgetArgs, RecipeArgs, bytes, print, size, warn_all};
 use crate::error::{Error, ErrorKind, Result};
-use crate::mount::{self, Options, Status};
+use crate::mount::{self, Options, Status, Unmounted};
 use crate::recipe::Request;
 use crate::threads::cpu_ns;
 use crate::view::{NodeKind, View};
@@ -234,6 +235,7 @@ fn warm_up(view: &View, size: u64, stop: &AtomicBool) -> Result<Vec<PathBuf>> {
 struct Mounted {
     shown: Shown,
     dir: TempDir,
+    process: Child,
 }
 
 impl Mounted {
@@ -245,8 +247,8 @@ impl Mounted {
         let point = dir.path().as_os_str().to_owned();
         let more = ["--serve".into(), shown.name().into(), "--point".into(), point];
         let args: Vec<OsString> = given.chain(more).collect();
-        mount::start(args)?;
-        Ok(Self { shown, dir })
+        let (_, process) = mount::start(args)?;
+        Ok(Self { shown, dir, process })
     }
 
     fn status(&self) -> Result<Status> {
@@ -260,8 +262,13 @@ impl Mounted {
 
 impl Drop for Mounted {
     fn drop(&mut self) {
-        if let Err(error) = mount::unmount(self.dir.path()) {
-            super::complain(&error);
+        match mount::unmount(self.dir.path()) {
+            Ok(Unmounted::Gone) => {
+                // It has ended.
+                let _ = self.process.wait();
+            }
+            Ok(Unmounted::InUse(_) | Unmounted::Lingering(_)) => {}
+            Err(error) => super::complain(&error),
         }
     }
 }

@@ -80,7 +80,8 @@ pub(super) fn run(args: &MountArgs) -> Result<()> {
     // The subcommand is the first argument: nothing may stand before it.
     let given = std::env::args_os().skip(2);
     let subcommand = ["mount", "--daemon"].map(OsString::from);
-    announce(args, &mount::start(subcommand.into_iter().chain(given))?)
+    let (ready, _) = mount::start(subcommand.into_iter().chain(given))?;
+    announce(args, &ready)
 }
 
 fn in_background(args: &MountArgs) -> Result<()> {

@@ -260,6 +260,10 @@ impl Model {
             let bytes = engine.cache.get(key, part, || self.encode(engine, weight, chunk))?;
             let skipped = (first - range.start) as usize;
             out.copy_from_slice(&bytes[skipped..skipped + out.len()]);
+            // Where nobody encodes ahead, nobody reads through the kernel, which keeps what it read.
+            if part == 0 && end >= range.end && engine.budget.ahead > 0 {
+                engine.cache.spend(key);
+            }
         }
         Ok(())
     }
