@@ -336,7 +336,8 @@ impl View {
                     let _ = shared.models[model].prepare(&shared.engine, weight, chunk);
                 })
             });
-            let chunks = self.shared.models[model].chunks_of(&self.shared.engine, shard, next);
+            let Shared { models, engine } = &*self.shared;
+            let chunks = models[model].chunks_across(engine, shard, next);
             workers.offer(chunks.map(|(weight, chunk)| Chunk { model, weight, chunk }));
         }
     }

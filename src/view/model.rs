@@ -293,9 +293,22 @@ impl Model {
         engine.cache.prepare(self.key(weight, chunk), || self.encode(engine, weight, chunk))
     }
 
-    /// The weights and chunks whose codes lie in a range of a virtual shard, which may end beyond
-    /// it. Scales come with the codes that stand before them.
-    pub(super) fn chunks_of(
+    /// The weights and chunks whose codes lie in a range that starts in a virtual shard and may end
+    /// beyond it, in the next one: whoever reads a shard to its end goes on there. Scales come with
+    /// the codes that stand before them.
+    pub(super) fn chunks_across(
+        &self,
+        engine: &Engine,
+        shard: usize,
+        range: Range<u64>,
+    ) -> impl Iterator<Item = (usize, u64)> {
+        let beyond = range.end.saturating_sub(self.shards[shard].len());
+        let next = (shard + 1 < self.shards.len() && beyond > 0)
+            .then(|| self.chunks_of(engine, shard + 1, 0..beyond));
+        self.chunks_of(engine, shard, range).chain(next.into_iter().flatten())
+    }
+
+    fn chunks_of(
         &self,
         engine: &Engine,
         shard: usize,
