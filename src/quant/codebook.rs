@@ -14,8 +14,7 @@
 //! Scales may be quantized in turn; then one that is no number makes all of the weight NaN.
 //!
 //! The search replaces `m` by the scale with the least squared error among some shrunken ones. Where
-//! scales are quantized, it then picks the best of three neighbouring codes, and encodes with the
-//! scale that a loader will have.
+//! scales are quantized, codes are then made for the scale that a loader will have.
 
 use crate::dtype::Dtype;
 
@@ -380,15 +379,12 @@ impl<E: Element> Kernel for Encode<'_, E> {
                     let codes = &mut codes[i * SCALES..][..scales.len()];
                     let n = nested::encode(scales, *offset, codes);
                     F32::store(n, &mut largest[i * 4..]);
-                    if let Some(search) = &mut search {
-                        let places = scales.iter_mut().zip(codes);
-                        for (xs, (scale, code)) in run.chunks(block).zip(places) {
-                            let near = [*code, code.saturating_sub(1), code.saturating_add(1)];
-                            let values = near.map(|code| nested::value(code, n, *offset));
-                            let best = search.best::<E>(xs, values);
-                            *code = near[best];
-                            // What is no magnitude makes zeros of all.
-                            *scale = if values[best] > 0.0 { values[best] } else { f32::INFINITY };
+                    if search.is_some() {
+                        // Codes are made for the scale that a loader will have; what is no magnitude
+                        // makes zeros of all.
+                        for (scale, &code) in scales.iter_mut().zip(&*codes) {
+                            let value = nested::value(code, n, *offset);
+                            *scale = if value > 0.0 { value } else { f32::INFINITY };
                         }
                     }
                 }

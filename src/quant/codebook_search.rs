@@ -6,8 +6,8 @@
 //! of the block's largest magnitude; what it makes of a weight depends on the weight's part of that
 //! alone, so a table tells it for all candidates at once, of 255 such parts.
 //!
-//! That only nominates. The nominee's scale is fitted once more to the entries that it makes itself,
-//! and then measured beside the largest magnitude.
+//! That only nominates: the scale that fits the nominee's entries is measured beside the largest
+//! magnitude, which only a smaller error replaces.
 
 use super::codebook::{Codebook, Staircase};
 use super::int::MODERATE;
@@ -19,9 +19,9 @@ const SHRINKS: [f32; CANDIDATES] = [0.70, 0.76, 0.82, 0.87, 0.92, 0.96, 1.0, 1.0
 
 const CANDIDATES: usize = 8;
 
-/// Parts of the largest magnitude, of either sign, that candidates are nominated by: the middle one
-/// is zero.
-const PARTS: usize = 255;
+/// Parts of the largest magnitude that candidates are nominated by: 127 of either sign around zero,
+/// and one that stands for none.
+const PARTS: usize = 256;
 
 /// The sums of `x v` for each candidate, and then of `v v`, in units of the largest magnitude.
 type Moments = [f32; 2 * CANDIDATES];
@@ -31,7 +31,7 @@ const fn table(codebook: Codebook) -> [Moments; PARTS] {
     let staircase = codebook.staircase();
     let mut table = [[0.0; 2 * CANDIDATES]; PARTS];
     let mut part = 0;
-    while part < PARTS {
+    while part < PARTS - 1 {
         let x = (part as f32 - 127.0) / 127.0;
         let mut k = 0;
         while k < CANDIDATES {
@@ -119,25 +119,8 @@ impl Search {
             let gain = xv * xv / vv;
             best = if gain > best.1 { (xv / vv, gain) } else { best };
         }
-        let refined = self.refined(largest * best.0);
-        if self.error(refined) < self.error(largest) { refined * unit } else { magnitude }
-    }
-
-    /// The place of the best of some scales for a block, the first of equals; those that are not
-    /// positive are none. The first where there is nothing to choose by.
-    #[inline(always)]
-    pub(super) fn best<E: Element>(&mut self, xs: &[E::Raw], scales: [f32; 3]) -> usize {
-        let Some(unit) = self.load::<E>(xs, E::magnitude(xs)) else { return 0 };
-        let mut best = (0, f32::INFINITY);
-        for (i, scale) in scales.into_iter().enumerate() {
-            if scale > 0.0 {
-                let error = self.error(scale * (1.0 / unit));
-                if error < best.1 {
-                    best = (i, error);
-                }
-            }
-        }
-        best.0
+        let scale = largest * best.0;
+        if self.error(scale) < self.error(largest) { scale * unit } else { magnitude }
     }
 
     /// Takes in a block of that largest magnitude, if that is a moderate one, and returns the unit.
@@ -155,21 +138,6 @@ impl Search {
             *x = E::widen(raw) * per_unit;
         }
         Some(unit)
-    }
-
-    /// The scale that fits the entries nearest to `x / scale` best.
-    #[inline(always)]
-    fn refined(&self, scale: f32) -> f32 {
-        let reciprocal = 1.0 / scale;
-        let (mut xv, mut vv) = ([0.0; LANES], [0.0; LANES]);
-        for xs in &self.block {
-            for i in 0..LANES {
-                let v = self.staircase.entry(xs[i] * reciprocal);
-                xv[i] += xs[i] * v;
-                vv[i] += v * v;
-            }
-        }
-        sum(xv) / sum(vv)
     }
 
     /// The squared error over the block.
