@@ -134,6 +134,21 @@ fn a_midpoint_belongs_to_the_lower_entry() {
     }
 }
 
+#[test]
+fn any_nan_spoils_its_block_whatever_its_lower_bits() {
+    let mut bytes: Vec<u8> = [0.5f32; 128].into_iter().flat_map(f32::to_le_bytes).collect();
+    bytes[7 * 4..][..4].copy_from_slice(&0x7fff_ffffu32.to_le_bytes());
+    for codebook in [Codebook::Nf4, Codebook::Fp4] {
+        for quality in [Quality::Reference, Quality::Search] {
+            let scheme = scheme(codebook, 64, quality);
+            let parts = encode(scheme, Isa::detect(), Reals::F32(&bytes), (1, 128), u64::MAX);
+            let decoded = decode(FLOATS[2], scheme, (1, 128), &parts);
+            assert!(decoded[..64].iter().all(|x| x.is_nan()), "{scheme}");
+            assert_eq!(decoded[64..], [0.5; 64], "{scheme}");
+        }
+    }
+}
+
 /// The F16 that is nearest.
 fn half_of(x: f32) -> f32 {
     FLOATS[1].round(x)

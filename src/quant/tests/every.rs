@@ -172,6 +172,37 @@ fn search_lessens_the_error_where_it_has_a_choice() {
 }
 
 #[test]
+fn a_search_is_no_worse_than_the_reference_for_any_group() {
+    let f = FLOATS[2];
+    let shape = (128, 32);
+    let weight = weight(f, shape.0, shape.1, shape.1);
+    let bytes = stored(f, &weight);
+    let data = Reals::new(f.dtype, &bytes).expect("a float type");
+    for (reference, search) in schemes(Quality::Reference).into_iter().zip(schemes(Quality::Search))
+    {
+        let measured = match search {
+            Scheme::Affine(_) | Scheme::Micro(_) => true,
+            // What a quantized scale is for one block depends on the others.
+            Scheme::Codebook(scheme) => !scheme.double,
+            _ => false,
+        };
+        if !measured {
+            continue;
+        }
+        let [reference, found] = [reference, search].map(|scheme| {
+            let parts = encode(scheme, Isa::detect(), data, shape, u64::MAX);
+            let decoded = decode(f, scheme, shape, &parts);
+            let rows = weight.chunks(shape.1).zip(decoded.chunks(shape.1));
+            rows.map(|(xs, ys)| error(xs, ys)).collect::<Vec<f64>>()
+        });
+        for (row, (reference, found)) in reference.into_iter().zip(found).enumerate() {
+            let is_worse = found > reference * (1.0 + 1e-4);
+            assert!(!is_worse, "row {row} of {search:?}: {found:e} > {reference:e}");
+        }
+    }
+}
+
+#[test]
 fn a_scheme_is_named_by_what_a_person_would_ask() {
     let names: Vec<String> = schemes(Quality::Search).iter().map(ToString::to_string).collect();
     for name in [
