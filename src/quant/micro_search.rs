@@ -1,6 +1,7 @@
-//! Scales chosen by error search, for E2M1 codes: the best among the reference and those nearby.
+//! Scales chosen by error search, for E2M1 codes.
 //!
-//! Groups lie side by side, one to a lane, so that no sum runs across lanes.
+//! A group gets the best scale among the reference and those nearby. Groups lie side by side, one to
+//! a lane, so that no sum runs across lanes.
 
 use super::lanes::LANES;
 use super::micro::MicroScheme;
