@@ -6,7 +6,7 @@ mod mount;
 mod status;
 mod unmount;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::builder::PossibleValuesParser;
@@ -190,6 +190,12 @@ struct RecipeArgs {
     #[arg(long, value_name = "NAME", value_enum, default_value_t = QualityArg::Search)]
     quality: QualityArg,
 
+    /// What the errors of each input feature count for in that search: an imatrix of llama.cpp (.gguf
+    /// or .dat), or a .safetensors file that has a number for each input feature of a weight by the
+    /// weight's name
+    #[arg(long, value_name = "FILE")]
+    importance: Option<PathBuf>,
+
     /// How the scales of FP8 blocks are stored [default: f32]
     #[arg(long, value_name = "TYPE", value_enum)]
     scale_format: Option<ScaleFormatArg>,
@@ -313,6 +319,7 @@ impl RecipeArgs {
                 QualityArg::Search => Quality::Search,
                 QualityArg::Reference => Quality::Reference,
             },
+            importance: self.importance.clone(),
             scale_format: self.scale_format.map(|format| match format {
                 ScaleFormatArg::F32 => ScaleFormat::F32,
                 ScaleFormatArg::Ue8m0 => ScaleFormat::Ue8m0,
@@ -464,6 +471,10 @@ mod tests {
             ("--symmetric", Some(Request { symmetric: Some(true), ..base() })),
             ("--asymmetric", Some(Request { symmetric: Some(false), ..base() })),
             ("--asymmetric --symmetric", None),
+            (
+                "--importance a/b.gguf",
+                Some(Request { importance: Some("a/b.gguf".into()), ..base() }),
+            ),
             ("--quality reference", Some(Request { quality: Quality::Reference, ..base() })),
             (
                 "--dtype f16",

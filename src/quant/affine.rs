@@ -17,13 +17,15 @@
 
 use crate::dtype::Dtype;
 
+use super::affine_refine::Refiner;
 use super::affine_search::Search;
 use super::grid::Grid;
 use super::int::MODERATE;
 use super::isa::{Isa, Kernel};
 use super::pack::{pack, packed_len, unpack, word_of};
+use super::refine::Refining;
 use super::shape::{assert_lengths, bands, grouped, part};
-use super::tile::{Element, Extremes, NAN, Tile, for_element};
+use super::tile::{Element, Extremes, NAN, Tile, for_element, widen};
 use super::{Part, Quality, Role};
 
 /// Unsigned codes with a scale and a bias per group.
@@ -77,6 +79,7 @@ impl AffineScheme {
             source: E::split(tile.data.bytes()),
             cols: tile.cols,
             stride: tile.stride,
+            refining: tile.importance.map(|importance| Refining::new(isa, importance, tile.cols)),
             codes,
             scales,
             biases,
@@ -145,6 +148,7 @@ struct Encode<'a, E: Element> {
     source: &'a [E::Raw],
     cols: usize,
     stride: usize,
+    refining: Option<Refining>,
     codes: &'a mut [u8],
     scales: &'a mut [u8],
     biases: &'a mut [u8],
@@ -152,7 +156,7 @@ struct Encode<'a, E: Element> {
 
 impl<E: Element> Kernel for Encode<'_, E> {
     #[inline(always)]
-    fn run(self) {
+    fn run(mut self) {
         let AffineScheme { bits, group_size, quality } = *self.scheme;
         let high = ((1u32 << bits) - 1) as f32;
         let group = group_size as usize;
@@ -164,6 +168,7 @@ impl<E: Element> Kernel for Encode<'_, E> {
             Quality::Reference => None,
             Quality::Search => Some(Search::new(bits, group)),
         };
+        let mut refiner = Refiner::new(bits, group);
         let rows = self.codes.chunks_exact_mut(packed_len(self.cols, bits));
         let scales = self.scales.chunks_exact_mut(groups * E::SIZE);
         let biases = self.biases.chunks_exact_mut(groups * E::SIZE);
@@ -174,6 +179,11 @@ impl<E: Element> Kernel for Encode<'_, E> {
                 Some(search) => {
                     for ((group, out), line) in parts.zip(&mut row_lines) {
                         *line = search.encode_group::<E>(group, out);
+                    }
+                    if let Some(Refining { isa, row: xs, importance }) = &mut self.refining {
+                        widen::<E>(row, xs);
+                        let (codes, lines) = (&mut row_codes, &mut row_lines);
+                        refiner.refine_row(*isa, xs, importance, E::round, codes, lines);
                     }
                 }
                 None => {

@@ -19,8 +19,10 @@
 
 use crate::dtype::Dtype;
 
+use super::codebook_refine::Refiner;
 use super::codebook_search::Search;
 use super::grid::{Axis, Grid, PartBytes};
+use super::importance::Importance;
 use super::isa::{Isa, Kernel};
 use super::nested::{self, SCALES};
 use super::shape::{assert_lengths, matrix, part};
@@ -151,6 +153,16 @@ pub(super) struct Steps {
 }
 
 impl Steps {
+    /// The entry nearest to `y`, but for rounding on the way up to it.
+    #[inline(always)]
+    pub(super) fn entry(&self, y: f32) -> f32 {
+        let mut entry = self.lowest;
+        for i in 0..15 {
+            entry += if y > self.midpoint[i] { self.height[i] } else { 0.0 };
+        }
+        entry
+    }
+
     /// How many midpoints are less than `y`.
     #[inline(always)]
     fn below(&self, y: f32) -> u32 {
@@ -262,6 +274,9 @@ impl CodebookScheme {
         for_element!(tile.data.dtype(), E => isa.run(Encode::<E> {
             scheme: self,
             source: &E::split(tile.data.bytes())[..weights],
+            refining: tile.importance.map(|importance| {
+                (Refiner::new(isa, self.codebook.steps(), self.block_size as usize), importance)
+            }),
             codes,
             scales,
         }));
@@ -300,6 +315,7 @@ impl CodebookScheme {
 struct Encode<'a, E: Element> {
     scheme: &'a CodebookScheme,
     source: &'a [E::Raw],
+    refining: Option<(Refiner, Importance<'a>)>,
     codes: &'a mut [u8],
     scales: Scales<'a>,
 }
@@ -316,17 +332,21 @@ impl<E: Element> Kernel for Encode<'_, E> {
         let block = self.scheme.block_size as usize;
         let codebook = self.scheme.codebook;
         let steps = codebook.steps();
-        let mut search = match self.scheme.quality {
-            Quality::Reference => None,
-            Quality::Search => Some(Search::new(steps, block)),
+        let mut chooser = Chooser {
+            search: match self.scheme.quality {
+                Quality::Reference => None,
+                Quality::Search => Some(Search::new(steps, block)),
+            },
+            refining: self.refining,
         };
         let mut encoder = Encoder { codebook, steps, codes: vec![0; block] };
         match self.scales {
             Scales::Plain(scales) => {
                 let codes = self.codes.chunks_mut(block / 2);
                 let scales = scales.as_chunks_mut::<4>().0;
-                for ((xs, packed), stored) in self.source.chunks(block).zip(codes).zip(scales) {
-                    let scale = choose::<E>(&mut search, xs);
+                let blocks = self.source.chunks(block).enumerate();
+                for (((b, xs), packed), stored) in blocks.zip(codes).zip(scales) {
+                    let scale = chooser.scale::<E>(xs, b * block);
                     encoder.encode::<E>(xs, scale, packed);
                     F32::store(F32::round(scale), stored);
                 }
@@ -336,25 +356,26 @@ impl<E: Element> Kernel for Encode<'_, E> {
                 let codes = self.codes.chunks_mut(block * SCALES / 2);
                 let scale_codes = scale_codes.chunks_mut(SCALES);
                 let largest = largest.as_chunks_mut::<4>().0;
-                for (((run, codes), scale_codes), stored) in
-                    runs.zip(codes).zip(scale_codes).zip(largest)
+                let firsts = (0..).step_by(block * SCALES);
+                for ((((run, first), codes), scale_codes), stored) in
+                    runs.zip(firsts).zip(codes).zip(scale_codes).zip(largest)
                 {
-                    let blocks = || run.chunks(block);
+                    let blocks = || run.chunks(block).zip((first..).step_by(block));
                     let mut scales = [0.0; SCALES];
                     let scales = &mut scales[..scale_codes.len()];
-                    for (xs, scale) in blocks().zip(&mut *scales) {
-                        *scale = choose::<E>(&mut search, xs);
+                    for ((xs, first), scale) in blocks().zip(&mut *scales) {
+                        *scale = chooser.scale::<E>(xs, first);
                     }
                     let largest = nested::encode(scales, offset, scale_codes);
                     F32::store(largest, stored);
                     let places = scales.iter_mut().zip(scale_codes);
-                    for ((xs, packed), (scale, code)) in
+                    for (((xs, first), packed), (scale, code)) in
                         blocks().zip(codes.chunks_mut(block / 2)).zip(places)
                     {
-                        if let Some(search) = &mut search {
+                        if chooser.search.is_some() {
                             let near = [*code, code.saturating_sub(1), code.saturating_add(1)];
                             let values = near.map(|code| nested::value(code, largest, offset));
-                            let best = search.best::<E>(xs, values);
+                            let best = chooser.best::<E>(xs, first, values);
                             *code = near[best];
                             // What is no magnitude makes zeros of all.
                             *scale = if values[best] > 0.0 { values[best] } else { f32::INFINITY };
@@ -367,13 +388,36 @@ impl<E: Element> Kernel for Encode<'_, E> {
     }
 }
 
-/// A block's scale.
-#[inline(always)]
-fn choose<E: Element>(search: &mut Option<Search>, xs: &[E::Raw]) -> f32 {
-    let magnitude = E::magnitude(xs);
-    match search {
-        None => magnitude,
-        Some(search) => search.scale::<E>(xs, magnitude),
+/// How scales are chosen.
+struct Chooser<'a> {
+    search: Option<Search>,
+    /// What makes its scales better, and what the errors of the tile count for.
+    refining: Option<(Refiner, Importance<'a>)>,
+}
+
+impl Chooser<'_> {
+    /// The scale of a block that stands so far into the tile.
+    #[inline(always)]
+    fn scale<E: Element>(&mut self, xs: &[E::Raw], first: usize) -> f32 {
+        let magnitude = E::magnitude(xs);
+        let Some(search) = &mut self.search else { return magnitude };
+        let found = search.scale::<E>(xs, magnitude);
+        match &mut self.refining {
+            None => found,
+            Some((refiner, importance)) => refiner.refined::<E>(xs, importance.skip(first), found),
+        }
+    }
+
+    /// The place of the best of some scales for that block; the first at reference quality.
+    #[inline(always)]
+    fn best<E: Element>(&mut self, xs: &[E::Raw], first: usize, scales: [f32; 3]) -> usize {
+        match (&mut self.search, &mut self.refining) {
+            (None, _) => 0,
+            (Some(search), None) => search.best::<E>(xs, scales),
+            (_, Some((refiner, importance))) => {
+                refiner.best::<E>(xs, importance.skip(first), scales)
+            }
+        }
     }
 }
 

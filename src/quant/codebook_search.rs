@@ -91,7 +91,7 @@ impl Search {
         let (mut xv, mut vv) = ([0.0; LANES], [0.0; LANES]);
         for xs in &self.block {
             for i in 0..LANES {
-                let v = self.entry(xs[i] * reciprocal);
+                let v = self.steps.entry(xs[i] * reciprocal);
                 xv[i] += xs[i] * v;
                 vv[i] += v * v;
             }
@@ -106,20 +106,10 @@ impl Search {
         let mut sums = [0.0; LANES];
         for xs in &self.block {
             for i in 0..LANES {
-                let error = xs[i] - self.entry(xs[i] * reciprocal) * scale;
+                let error = xs[i] - self.steps.entry(xs[i] * reciprocal) * scale;
                 sums[i] += error * error;
             }
         }
         sum(sums)
-    }
-
-    /// The entry nearest to `y`, but for rounding on the way up to it.
-    #[inline(always)]
-    fn entry(&self, y: f32) -> f32 {
-        let mut entry = self.steps.lowest;
-        for i in 0..15 {
-            entry += if y > self.steps.midpoint[i] { self.steps.height[i] } else { 0.0 };
-        }
-        entry
     }
 }

@@ -22,9 +22,10 @@ use crate::dtype::Dtype;
 use super::grid::Grid;
 use super::isa::{Isa, Kernel};
 use super::pack::{pack, pack_down, packed_len, unpack, word_of};
+use super::refine::{Refiner, Refining};
 use super::search::{Search, Tool};
 use super::shape::{assert_lengths, bands, grouped, matrix, part};
-use super::tile::{Element, Extremes, Tile, for_element};
+use super::tile::{Element, Extremes, Tile, for_element, widen};
 use super::{Part, Quality, Role};
 
 /// Which weights share a scale.
@@ -126,6 +127,7 @@ impl IntScheme {
             cols: tile.cols,
             stride: tile.stride,
             group,
+            refining: tile.importance.map(|importance| Refining::new(isa, importance, tile.cols)),
             codes,
             scales,
             zero_points,
@@ -249,6 +251,7 @@ struct Encode<'a, E: Element> {
     cols: usize,
     stride: usize,
     group: usize,
+    refining: Option<Refining>,
     codes: &'a mut [u8],
     scales: &'a mut [u8],
     zero_points: &'a mut [u8],
@@ -256,7 +259,7 @@ struct Encode<'a, E: Element> {
 
 impl<E: Element> Kernel for Encode<'_, E> {
     #[inline(always)]
-    fn run(self) {
+    fn run(mut self) {
         let IntScheme { bits, symmetric, packing, quality, .. } = *self.scheme;
         let range = Codes::new(bits, packing);
         let groups = self.cols / self.group;
@@ -271,6 +274,7 @@ impl<E: Element> Kernel for Encode<'_, E> {
             Quality::Reference => None,
             Quality::Search => Some(Search::new(range, symmetric, self.group)),
         };
+        let mut refiner = Refiner::new(range, symmetric, self.group);
         self.zero_points.fill(0);
         let rows = self.codes.chunks_exact_mut(row_len);
         let scales = self.scales.chunks_exact_mut(groups * E::SIZE);
@@ -279,6 +283,11 @@ impl<E: Element> Kernel for Encode<'_, E> {
             if let Some(search) = &mut search {
                 let codes = &mut row_codes[..self.cols];
                 search.encode_row::<E, CompressedTensors>(row, codes, &mut row_fits);
+                if let Some(Refining { isa, row: xs, importance }) = &mut self.refining {
+                    widen::<E>(row, xs);
+                    let stored = CompressedTensors::stored::<E>;
+                    refiner.refine_row(*isa, xs, importance, stored, codes, &mut row_fits);
+                }
             } else {
                 let groups = row.chunks_exact(self.group).zip(&mut row_fits);
                 for ((group, fit), out) in groups.zip(row_codes.chunks_exact_mut(self.group)) {

@@ -32,6 +32,7 @@
 use crate::dtype::Dtype;
 
 use super::grid::Grid;
+use super::importance::Importance;
 use super::isa::{Isa, Kernel};
 use super::minifloat::{
     E2M1_MAX, E4M3_MAX, E4M3_NAN, E8M0_NAN, e2m1, e2m1_down, e2m1_rounded, e2m1_value, e4m3,
@@ -157,6 +158,7 @@ impl MicroScheme {
             source: E::split(tile.data.bytes()),
             cols: tile.cols,
             stride: tile.stride,
+            importance: tile.importance,
             codes,
             scales,
         }));
@@ -286,6 +288,7 @@ struct Encode<'a, E: Element> {
     source: &'a [E::Raw],
     cols: usize,
     stride: usize,
+    importance: Option<Importance<'a>>,
     codes: &'a mut [u8],
     scales: &'a mut [u8],
 }
@@ -304,6 +307,7 @@ impl<E: Element> Encode<'_, E> {
         let (scheme, global) = (*self.scheme, self.global);
         let bits = scheme.bits();
         let searched = scheme.quality == Quality::Search && scheme.float == MicroFloat::E2m1;
+        let importance = self.importance.map(|importance| importance.of_row(self.cols));
         let mut row_codes = vec![0; self.cols];
         // A group is too short for a loop of its own, so its scale is spread over its elements.
         let mut spread = vec![0.0; self.cols];
@@ -324,8 +328,22 @@ impl<E: Element> Encode<'_, E> {
             }
             scheme.scales::<E>(&magnitudes, global, scales);
             if searched {
-                for (group, scale) in groups.iter().zip(scales.iter_mut()) {
-                    *scale = search::<E, GROUP>(&scheme, global, group, *scale);
+                let groups = groups.iter().zip(scales.iter_mut());
+                match &importance {
+                    None => groups.for_each(|(group, scale)| {
+                        *scale = search::<E, GROUP>(&scheme, global, group, *scale, |_| {});
+                    }),
+                    Some(importance) => {
+                        let importance = importance.as_chunks::<GROUP>().0;
+                        for ((group, scale), importance) in groups.zip(importance) {
+                            let weigh = |errors: &mut [f32; GROUP]| {
+                                for (error, importance) in errors.iter_mut().zip(importance) {
+                                    *error *= importance;
+                                }
+                            };
+                            *scale = search::<E, GROUP>(&scheme, global, group, *scale, weigh);
+                        }
+                    }
                 }
             }
             scheme.values(scales, global, &mut values);
@@ -450,13 +468,15 @@ fn e2m1_down_code(x: f32) -> u8 {
     e2m1_down(x.abs()) | sign
 }
 
-/// The scale's code with the least squared error, among `reference` and those nearby.
+/// The scale's code with the least squared error, among `reference` and those nearby. `weigh` makes of
+/// squared errors what they count for.
 #[inline(always)]
 fn search<E: Element, const GROUP: usize>(
     scheme: &MicroScheme,
     global: f32,
     group: &[E::Raw; GROUP],
     reference: u8,
+    weigh: impl Fn(&mut [f32; GROUP]) + Copy,
 ) -> u8 {
     // An E4M3 scale spans a factor of two in eight steps.
     let steps: &[i16] =
@@ -469,7 +489,7 @@ fn search<E: Element, const GROUP: usize>(
     for (x, &raw) in x.iter_mut().zip(group) {
         *x = E::widen(raw);
     }
-    let mut best = (reference, error(&x, scheme.scale_value(reference, global)));
+    let mut best = (reference, error(&x, scheme.scale_value(reference, global), weigh));
     for step in steps {
         let code = i16::from(reference) + step;
         if !(1..=126).contains(&code) && scheme.has_e4m3_scales() {
@@ -481,7 +501,7 @@ fn search<E: Element, const GROUP: usize>(
         if !scheme.has_e4m3_scales() && E::round(scale) != scale {
             continue;
         }
-        let error = error(&x, scale);
+        let error = error(&x, scale, weigh);
         if error < best.1 {
             best = (code, error);
         }
@@ -491,7 +511,11 @@ fn search<E: Element, const GROUP: usize>(
 
 /// The squared error of a group with that scale, in units of its square root.
 #[inline(always)]
-fn error<const GROUP: usize>(x: &[f32; GROUP], scale: f32) -> f32 {
+fn error<const GROUP: usize>(
+    x: &[f32; GROUP],
+    scale: f32,
+    weigh: impl Fn(&mut [f32; GROUP]),
+) -> f32 {
     let reciprocal = 1.0 / scale;
     let mut lanes = [0.0; GROUP];
     for (lane, x) in lanes.iter_mut().zip(x) {
@@ -499,6 +523,7 @@ fn error<const GROUP: usize>(x: &[f32; GROUP], scale: f32) -> f32 {
         let error = a - e2m1_rounded(within(a, E2M1_MAX));
         *lane = error * error;
     }
+    weigh(&mut lanes);
     let mut width = GROUP / 2;
     while width > 0 {
         for i in 0..width {

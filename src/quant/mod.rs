@@ -6,13 +6,16 @@
 //! [`Isa`] or on how a weight is cut.
 
 mod affine;
+mod affine_refine;
 mod affine_search;
 mod cast;
 mod codebook;
+mod codebook_refine;
 mod codebook_search;
 mod experts;
 mod fp8;
 mod grid;
+mod importance;
 mod int;
 mod isa;
 mod lanes;
@@ -21,6 +24,7 @@ mod micro;
 mod minifloat;
 mod nested;
 mod pack;
+mod refine;
 mod search;
 mod shape;
 mod simulate;
@@ -30,6 +34,7 @@ mod survey;
 mod tests;
 mod tile;
 mod transposed;
+mod weighed;
 
 use crate::dtype::{Dtype, byte_len};
 
@@ -39,6 +44,7 @@ pub use codebook::{Codebook, CodebookScheme, Storage};
 pub use experts::ExpertsScheme;
 pub use fp8::{Fp8Grain, Fp8Scale, Fp8Scheme};
 pub use grid::{Axis, Grid, PartBytes, Window};
+pub use importance::Importance;
 pub use int::{Granularity, IntScheme, Packing};
 pub use isa::Isa;
 pub use llm_int8::LlmInt8Scheme;
@@ -195,6 +201,39 @@ impl Scheme {
             _ if !self.is_surveyed() => {}
             Self::Codebook(scheme) => survey.add_blocks(isa, tile, scheme.block_size as usize),
             _ => survey.add_magnitudes(isa, tile),
+        }
+    }
+
+    /// Whether what errors count for has a say in what an accepted weight is encoded to.
+    pub fn is_searched(&self) -> bool {
+        let quality = match self {
+            Self::Int(scheme) => scheme.quality,
+            Self::Affine(scheme) => scheme.quality,
+            Self::Micro(MicroScheme { float: MicroFloat::E2m1, quality, .. }) => *quality,
+            Self::Codebook(scheme) => scheme.quality,
+            Self::Transposed(scheme) => scheme.quality,
+            Self::Experts(scheme) => scheme.quality,
+            Self::Micro(_) | Self::Fp8(_) | Self::LlmInt8(_) | Self::Cast(_) => Quality::Reference,
+        };
+        quality != Quality::Reference
+    }
+
+    /// Number of input features of an accepted weight.
+    pub fn inputs(&self, shape: &[u64]) -> u64 {
+        match self {
+            Self::Experts(_) => shape[shape.len() - 2],
+            _ => shape[shape.len() - 1],
+        }
+    }
+
+    /// The matrix of stacked ones, and the input feature there, that the first element of a window
+    /// belongs to: of a chunk of an accepted weight, be it shown decoded or not.
+    pub fn first_input(&self, shape: &[u64], window: &Window) -> (u64, u64) {
+        let inputs = self.inputs(shape);
+        match self {
+            Self::Experts(_) => (window.first_row / inputs, window.first_row % inputs),
+            // Of a run of rows as well.
+            _ => (0, window.first_col % inputs),
         }
     }
 

@@ -5,6 +5,7 @@ mod codebook;
 mod every;
 mod experts;
 mod floats;
+mod importance;
 mod transposed;
 
 use super::*;
@@ -272,6 +273,7 @@ fn tile_of<'a>(grid: &Grid, data: Reals<'a>, chunk: u64) -> Tile<'a> {
         rows: window.rows as usize,
         cols: window.cols as usize,
         stride: width as usize,
+        importance: None,
     }
 }
 
@@ -487,7 +489,7 @@ fn a_tile_skips_what_lies_between_its_rows() {
     let mut parts: Vec<Vec<u8>> = expected.iter().map(|p| vec![0; p.len()]).collect();
     let mut out: Vec<&mut [u8]> = parts.iter_mut().map(|p| &mut p[..]).collect();
     let end = ((rows - 1) * stride + cols) * 2;
-    let tile = Tile { data: Reals::Bf16(&wide[..end]), rows, cols, stride };
+    let tile = Tile { data: Reals::Bf16(&wide[..end]), rows, cols, stride, importance: None };
     Scheme::Int(scheme).encode(isa, &tile, &Survey::default(), &mut out);
     assert_eq!(parts, expected);
 }

@@ -3,7 +3,7 @@
 use super::*;
 
 /// One scheme of each kind beside integers, or more where kinds have kinds.
-fn schemes(quality: Quality) -> Vec<Scheme> {
+pub(super) fn schemes(quality: Quality) -> Vec<Scheme> {
     let mut out = vec![Scheme::LlmInt8(LlmInt8Scheme)];
     for bits in [2, 3, 4, 5, 6, 8] {
         out.push(Scheme::Affine(AffineScheme { bits, group_size: 32, quality }));
