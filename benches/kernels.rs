@@ -45,7 +45,7 @@ fn schemes(quality: Quality) -> Vec<Scheme> {
         (Fp8Grain::Block(128), Fp8Scale::Source),
         (Fp8Grain::Block(128), Fp8Scale::Inverse),
     ] {
-        out.push(Scheme::Fp8(Fp8Scheme { grain, scale, whole_blocks: false }));
+        out.push(Scheme::Fp8(Fp8Scheme { grain, scale, whole_blocks: false, quality }));
     }
     for codebook in [Codebook::Nf4, Codebook::Fp4] {
         for double in [false, true] {

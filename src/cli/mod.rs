@@ -186,7 +186,8 @@ struct RecipeArgs {
     #[arg(long)]
     asymmetric: bool,
 
-    /// How scales are chosen: by error search, or as the format's own tool does, bit for bit
+    /// How scales are chosen: by error search, by one that takes about ten times as long, or as the
+    /// format's own tool does, bit for bit
     #[arg(long, value_name = "NAME", value_enum, default_value_t = QualityArg::Search)]
     quality: QualityArg,
 
@@ -247,6 +248,7 @@ enum Profile {
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum QualityArg {
+    Best,
     Search,
     Reference,
 }
@@ -316,6 +318,7 @@ impl RecipeArgs {
             granularity: self.group_size,
             symmetric: (self.symmetric || self.asymmetric).then_some(self.symmetric),
             quality: match self.quality {
+                QualityArg::Best => Quality::Best,
                 QualityArg::Search => Quality::Search,
                 QualityArg::Reference => Quality::Reference,
             },
@@ -475,6 +478,7 @@ mod tests {
                 "--importance a/b.gguf",
                 Some(Request { importance: Some("a/b.gguf".into()), ..base() }),
             ),
+            ("--quality best", Some(Request { quality: Quality::Best, ..base() })),
             ("--quality reference", Some(Request { quality: Quality::Reference, ..base() })),
             (
                 "--dtype f16",

@@ -72,14 +72,14 @@ impl AffineScheme {
         // Groups are too short for the widest vectors, but for a search.
         let isa = match self.quality {
             Quality::Reference => isa.at_most_256_bits(),
-            Quality::Search => isa,
+            Quality::Search | Quality::Best => isa,
         };
         for_element!(dtype, E => isa.run(Encode::<E> {
             scheme: self,
             source: E::split(tile.data.bytes()),
             cols: tile.cols,
             stride: tile.stride,
-            refining: tile.importance.map(|importance| Refining::new(isa, importance, tile.cols)),
+            refining: Refining::new(isa, self.quality, tile),
             codes,
             scales,
             biases,
@@ -166,9 +166,9 @@ impl<E: Element> Kernel for Encode<'_, E> {
         let mut row_lines = vec![Line { scale: 0.0, bias: 0.0 }; groups];
         let mut search = match quality {
             Quality::Reference => None,
-            Quality::Search => Some(Search::new(bits, group)),
+            Quality::Search | Quality::Best => Some(Search::new(bits, group)),
         };
-        let mut refiner = Refiner::new(bits, group);
+        let mut refiner = Refiner::new(bits, group, quality == Quality::Best);
         let rows = self.codes.chunks_exact_mut(packed_len(self.cols, bits));
         let scales = self.scales.chunks_exact_mut(groups * E::SIZE);
         let biases = self.biases.chunks_exact_mut(groups * E::SIZE);

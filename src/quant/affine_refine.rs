@@ -1,4 +1,4 @@
-//! Affine scales and biases made better: for weighed errors.
+//! Affine scales and biases made better: for weighed errors, and at best quality.
 //!
 //! As for integers without a bias (`refine`), but that the best line through a candidate's codes has
 //! two unknowns.
@@ -29,6 +29,9 @@ const FINE_CLIPS: [f32; 8] = [0.6, 0.75, 0.85, 0.91, 0.95, 0.975, 0.99, 1.005];
 /// Where in what a clip leaves out its range lies: 0 at the lower end.
 const PLACES: [f32; 3] = [0.5, 0.25, 0.75];
 
+/// The same at best quality.
+const MANY_PLACES: [f32; 9] = [0.5, 0.375, 0.625, 0.25, 0.75, 0.125, 0.875, 0.0, 1.0];
+
 /// Times that codes and line are fitted to each other.
 const ROUNDS: usize = 3;
 
@@ -39,7 +42,8 @@ const STEP: f32 = 0.6 / 128.0;
 #[derive(Debug)]
 pub(super) struct Refiner {
     high: f32,
-    clips: &'static [f32],
+    clips: Vec<f32>,
+    places: &'static [f32],
     weighed: Weighed,
     candidates: Vec<Line>,
 }
@@ -52,11 +56,17 @@ struct Best {
 }
 
 impl Refiner {
-    /// For groups of `len` weights.
-    pub(super) fn new(bits: u8, len: usize) -> Self {
+    /// For groups of `len` weights. Where it is thorough, more candidates are tried.
+    pub(super) fn new(bits: u8, len: usize, thorough: bool) -> Self {
         let high = ((1u32 << bits) - 1) as f32;
         let clips = if bits > 4 { &FINE_CLIPS } else { &CLIPS };
-        Self { high, clips, weighed: Weighed::new(len), candidates: Vec::new() }
+        let mut clips = clips.to_vec();
+        if thorough {
+            clips.extend(clips.clone().windows(2).map(|pair| (pair[0] + pair[1]) * 0.5));
+            clips.push(clips[0] * 0.9);
+        }
+        let places: &[f32] = if thorough { &MANY_PLACES } else { &PLACES };
+        Self { high, clips, places, weighed: Weighed::new(len), candidates: Vec::new() }
     }
 
     /// Makes the codes and lines of the groups of a row better, as a search has left them, given what
@@ -136,8 +146,8 @@ impl Refiner {
     fn propose(&mut self, min: f32, max: f32) {
         self.candidates.clear();
         let width = max - min;
-        for place in PLACES {
-            for &clip in self.clips {
+        for place in self.places {
+            for clip in &self.clips {
                 let bias = min + width * (1.0 - clip) * place;
                 self.candidates.push(Line { scale: width * clip / self.high, bias });
             }

@@ -274,8 +274,9 @@ impl CodebookScheme {
         for_element!(tile.data.dtype(), E => isa.run(Encode::<E> {
             scheme: self,
             source: &E::split(tile.data.bytes())[..weights],
-            refining: tile.importance.map(|importance| {
-                (Refiner::new(isa, self.codebook.steps(), self.block_size as usize), importance)
+            refining: (self.quality == Quality::Best || tile.importance.is_some()).then(|| {
+                let block = self.block_size as usize;
+                (Refiner::new(isa, self.codebook.steps(), block), tile.importance)
             }),
             codes,
             scales,
@@ -315,7 +316,7 @@ impl CodebookScheme {
 struct Encode<'a, E: Element> {
     scheme: &'a CodebookScheme,
     source: &'a [E::Raw],
-    refining: Option<(Refiner, Importance<'a>)>,
+    refining: Option<(Refiner, Option<Importance<'a>>)>,
     codes: &'a mut [u8],
     scales: Scales<'a>,
 }
@@ -335,7 +336,7 @@ impl<E: Element> Kernel for Encode<'_, E> {
         let mut chooser = Chooser {
             search: match self.scheme.quality {
                 Quality::Reference => None,
-                Quality::Search => Some(Search::new(steps, block)),
+                Quality::Search | Quality::Best => Some(Search::new(steps, block)),
             },
             refining: self.refining,
         };
@@ -392,7 +393,7 @@ impl<E: Element> Kernel for Encode<'_, E> {
 struct Chooser<'a> {
     search: Option<Search>,
     /// What makes its scales better, and what the errors of the tile count for.
-    refining: Option<(Refiner, Importance<'a>)>,
+    refining: Option<(Refiner, Option<Importance<'a>>)>,
 }
 
 impl Chooser<'_> {
@@ -404,7 +405,9 @@ impl Chooser<'_> {
         let found = search.scale::<E>(xs, magnitude);
         match &mut self.refining {
             None => found,
-            Some((refiner, importance)) => refiner.refined::<E>(xs, importance.skip(first), found),
+            Some((refiner, importance)) => {
+                refiner.refined::<E>(xs, importance.map(|i| i.skip(first)), found)
+            }
         }
     }
 
@@ -415,7 +418,7 @@ impl Chooser<'_> {
             (None, _) => 0,
             (Some(search), None) => search.best::<E>(xs, scales),
             (_, Some((refiner, importance))) => {
-                refiner.best::<E>(xs, importance.skip(first), scales)
+                refiner.best::<E>(xs, importance.map(|i| i.skip(first)), scales)
             }
         }
     }

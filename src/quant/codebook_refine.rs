@@ -1,4 +1,4 @@
-//! Codebook scales made better: for weighed errors.
+//! Codebook scales made better: for weighed errors, and at best quality.
 
 use super::codebook::Steps;
 use super::importance::Importance;
@@ -55,7 +55,7 @@ impl Refiner {
     pub(super) fn refined<E: Element>(
         &mut self,
         xs: &[E::Raw],
-        importance: Importance<'_>,
+        importance: Option<Importance<'_>>,
         found: f32,
     ) -> f32 {
         self.answer::<E>(xs, importance, Question::Refined(found))
@@ -67,7 +67,7 @@ impl Refiner {
     pub(super) fn best<E: Element>(
         &mut self,
         xs: &[E::Raw],
-        importance: Importance<'_>,
+        importance: Option<Importance<'_>>,
         scales: [f32; 3],
     ) -> usize {
         let best = self.answer::<E>(xs, importance, Question::Best(scales));
@@ -78,11 +78,15 @@ impl Refiner {
     fn answer<E: Element>(
         &mut self,
         xs: &[E::Raw],
-        importance: Importance<'_>,
+        importance: Option<Importance<'_>>,
         question: Question,
     ) -> f32 {
         widen::<E>(xs, &mut self.values);
-        importance.fill(&mut self.counts[..xs.len()]);
+        let counts = &mut self.counts[..xs.len()];
+        match importance {
+            Some(importance) => importance.fill(counts),
+            None => counts.fill(1.0),
+        }
         let mut answer = 0.0;
         let len = xs.len();
         self.isa.run(Block { refiner: self, len, question, answer: &mut answer });

@@ -80,7 +80,7 @@ impl ExpertsScheme {
         assert_lengths(&parts, out.iter().map(|out| out.len()));
         let [codes, scales] = out else { unreachable!("two parts") };
         for_element!(tile.data.dtype(), E => isa.run(Encode::<E> {
-            searched: self.quality == Quality::Search,
+            searched: self.quality != Quality::Reference,
             source: E::split(tile.data.bytes()),
             rows: tile.rows,
             cols: tile.cols,

@@ -127,7 +127,7 @@ impl IntScheme {
             cols: tile.cols,
             stride: tile.stride,
             group,
-            refining: tile.importance.map(|importance| Refining::new(isa, importance, tile.cols)),
+            refining: Refining::new(isa, self.quality, tile),
             codes,
             scales,
             zero_points,
@@ -272,7 +272,7 @@ impl<E: Element> Kernel for Encode<'_, E> {
         let mut row_fits = vec![Fit { scale: 0.0, zero_point: 0.0 }; groups];
         let mut search = match quality {
             Quality::Reference => None,
-            Quality::Search => Some(Search::new(range, symmetric, self.group)),
+            Quality::Search | Quality::Best => Some(Search::new(range, symmetric, self.group)),
         };
         let mut refiner = Refiner::new(range, symmetric, self.group);
         self.zero_points.fill(0);

@@ -134,7 +134,7 @@ impl MicroScheme {
         let magnitude = if magnitude < E::SMALLEST { E::SMALLEST } else { magnitude };
         let global = E::round(E::round(1.0 / magnitude) * LARGEST);
         let global = match self.quality {
-            Quality::Search if !global.is_finite() => LARGEST / magnitude,
+            Quality::Search | Quality::Best if !global.is_finite() => LARGEST / magnitude,
             _ => global,
         };
         if global.is_finite() { global } else { 1.0 }
@@ -150,7 +150,7 @@ impl MicroScheme {
         assert_lengths(&parts, out.iter().map(|out| out.len()));
         let [codes, scales] = out else { unreachable!("two parts") };
         // A search, and groups of 16, are too short for the widest vectors.
-        let is_short = self.quality == Quality::Search || self.group_size() == 16;
+        let is_short = self.quality != Quality::Reference || self.group_size() == 16;
         let isa = if is_short { isa.at_most_256_bits() } else { isa };
         for_element!(dtype, E => isa.run(Encode::<E> {
             scheme: self,
@@ -306,7 +306,7 @@ impl<E: Element> Encode<'_, E> {
     fn encode<const GROUP: usize>(self) {
         let (scheme, global) = (*self.scheme, self.global);
         let bits = scheme.bits();
-        let searched = scheme.quality == Quality::Search && scheme.float == MicroFloat::E2m1;
+        let searched = scheme.quality != Quality::Reference && scheme.float == MicroFloat::E2m1;
         let importance = self.importance.map(|importance| importance.of_row(self.cols));
         let mut row_codes = vec![0; self.cols];
         // A group is too short for a loop of its own, so its scale is spread over its elements.
@@ -329,9 +329,11 @@ impl<E: Element> Encode<'_, E> {
             scheme.scales::<E>(&magnitudes, global, scales);
             if searched {
                 let groups = groups.iter().zip(scales.iter_mut());
+                let is_wide = importance.is_some() || scheme.quality == Quality::Best;
                 match &importance {
                     None => groups.for_each(|(group, scale)| {
-                        *scale = search::<E, GROUP>(&scheme, global, group, *scale, |_| {});
+                        *scale =
+                            search::<E, GROUP>(&scheme, global, group, *scale, is_wide, |_| {});
                     }),
                     Some(importance) => {
                         let importance = importance.as_chunks::<GROUP>().0;
@@ -341,7 +343,8 @@ impl<E: Element> Encode<'_, E> {
                                     *error *= importance;
                                 }
                             };
-                            *scale = search::<E, GROUP>(&scheme, global, group, *scale, weigh);
+                            *scale =
+                                search::<E, GROUP>(&scheme, global, group, *scale, is_wide, weigh);
                         }
                     }
                 }
@@ -468,7 +471,8 @@ fn e2m1_down_code(x: f32) -> u8 {
     e2m1_down(x.abs()) | sign
 }
 
-/// The scale's code with the least squared error, among `reference` and those nearby. `weigh` makes of
+/// The scale's code with the least squared error, among `reference` and those nearby, or in a wide
+/// surrounding. `weigh` makes of
 /// squared errors what they count for.
 #[inline(always)]
 fn search<E: Element, const GROUP: usize>(
@@ -476,11 +480,16 @@ fn search<E: Element, const GROUP: usize>(
     global: f32,
     group: &[E::Raw; GROUP],
     reference: u8,
+    is_wide: bool,
     weigh: impl Fn(&mut [f32; GROUP]) + Copy,
 ) -> u8 {
     // An E4M3 scale spans a factor of two in eight steps.
-    let steps: &[i16] =
-        if scheme.has_e4m3_scales() { &[-3, -2, -1, 1, 2, 3, 4, 5] } else { &[-1, 1] };
+    let steps: &[i16] = match (scheme.has_e4m3_scales(), is_wide) {
+        (true, false) => &[-3, -2, -1, 1, 2, 3, 4, 5],
+        (true, true) => &[-1, 1, -2, 2, -3, 3, -4, 4, -5, 5, -6, 6, -7, 7, -8, 8],
+        (false, false) => &[-1, 1],
+        (false, true) => &[-1, 1, -2],
+    };
     let lowest = scheme.scale_value(reference, global);
     if !(f32::from_bits(67 << 23)..=f32::from_bits(187 << 23)).contains(&lowest) {
         return reference;

@@ -60,6 +60,8 @@ pub enum Quality {
     Reference,
     /// The scale, and zero point, with the least squared error that a search finds.
     Search,
+    /// No worse than that, of any group: what some ten times as much work finds.
+    Best,
 }
 
 /// How a weight becomes codes.
@@ -213,7 +215,8 @@ impl Scheme {
             Self::Codebook(scheme) => scheme.quality,
             Self::Transposed(scheme) => scheme.quality,
             Self::Experts(scheme) => scheme.quality,
-            Self::Micro(_) | Self::Fp8(_) | Self::LlmInt8(_) | Self::Cast(_) => Quality::Reference,
+            Self::Fp8(scheme) => return scheme.is_searched(),
+            Self::Micro(_) | Self::LlmInt8(_) | Self::Cast(_) => Quality::Reference,
         };
         quality != Quality::Reference
     }
@@ -314,13 +317,13 @@ impl std::fmt::Display for Scheme {
                 write!(f, ", groups of {}", scheme.group_size())?;
                 (scheme.float == MicroFloat::E2m1).then_some(&scheme.quality)
             }
-            Self::Fp8(Fp8Scheme { grain, .. }) => {
-                match grain {
+            Self::Fp8(scheme) => {
+                match scheme.grain {
                     Fp8Grain::Tensor => f.write_str("E4M3, per tensor")?,
                     Fp8Grain::Channel => f.write_str("E4M3, per channel")?,
                     Fp8Grain::Block(size) => write!(f, "E4M3, blocks of {size} x {size}")?,
                 }
-                None
+                scheme.is_searched().then_some(&scheme.quality)
             }
             Self::Codebook(CodebookScheme { codebook, block_size, double, quality, .. }) => {
                 f.write_str(match codebook {
@@ -349,6 +352,7 @@ impl std::fmt::Display for Scheme {
         match quality {
             Some(Quality::Reference) => f.write_str(", reference"),
             Some(Quality::Search) => f.write_str(", search"),
+            Some(Quality::Best) => f.write_str(", best"),
             None => Ok(()),
         }
     }

@@ -1,4 +1,4 @@
-//! Integer scales and zero points made better: for weighed errors.
+//! Integer scales and zero points made better: for weighed errors, and at best quality.
 //!
 //! What the search has found is the first guess. Candidates clip the group further than that search
 //! would, for the outermost weights may count for little; each is worth what the best scale for its
@@ -6,11 +6,12 @@
 //! refitted in turn, codes to scale and scale to codes, and measured as they are stored. Only a
 //! smaller error replaces what the search has found, so the outcome is never worse than that.
 
-use super::importance::Importance;
+use super::Quality;
 use super::int::{Codes, Fit, MODERATE};
 use super::isa::{Isa, Kernel};
 use super::lanes::round;
 use super::search::{at_least, clamp};
+use super::tile::Tile;
 use super::weighed::{BATCH, Candidate, Levels, Loaded, Weighed};
 
 /// Integers from `low` to `high`: codes less a zero point.
@@ -38,8 +39,9 @@ const FINE_CLIPS: [f32; 16] =
 /// Times that codes and scale are fitted to each other.
 const ROUNDS: usize = 3;
 
-/// Steps from a scale to its neighbours when it is stored as coarsely as BF16.
-const NEIGHBOURS: [f32; 2] = [1.0 - 0.6 / 128.0, 1.0 + 0.6 / 128.0];
+/// From a scale to its neighbours, and theirs, when it is stored as coarsely as BF16.
+const NEIGHBOURS: [f32; BATCH] =
+    [1.0 - 1.2 / 128.0, 1.0 - 0.6 / 128.0, 1.0 + 0.6 / 128.0, 1.0 + 1.2 / 128.0];
 
 /// What the rows of a tile are refined with.
 #[derive(Debug)]
@@ -54,9 +56,14 @@ pub(super) struct Refining {
 }
 
 impl Refining {
-    /// For rows of `cols`.
-    pub(super) fn new(isa: Isa, importance: Importance<'_>, cols: usize) -> Self {
-        Self { isa, row: vec![0.0; cols], importance: importance.of_row(cols) }
+    /// For the rows of a tile; `None` where what the search finds is left as it is.
+    pub(super) fn new(isa: Isa, quality: Quality, tile: &Tile<'_>) -> Option<Self> {
+        let importance = match (quality, tile.importance) {
+            (Quality::Reference, _) | (Quality::Search, None) => return None,
+            (Quality::Best, None) => vec![1.0; tile.cols],
+            (_, Some(importance)) => importance.of_row(tile.cols),
+        };
+        Some(Self { isa, row: vec![0.0; tile.cols], importance })
     }
 }
 
@@ -151,8 +158,8 @@ impl Refiner {
                 fit.scale = moments.scale();
             }
         }
-        let [down, up] = NEIGHBOURS.map(|step| Fit { scale: best.fit.scale * step, ..best.fit });
-        self.consider(&mut best, [down, up, down, up].map(store));
+        let near = NEIGHBOURS.map(|step| Fit { scale: best.fit.scale * step, ..best.fit });
+        self.consider(&mut best, near.map(store));
         if best.fit.scale.to_bits() == found.scale.to_bits()
             && best.fit.zero_point == found.zero_point
         {

@@ -1,6 +1,7 @@
 //! Integer schemes against a naive definition, on every instruction set.
 
 mod affine;
+mod best;
 mod codebook;
 mod every;
 mod experts;
@@ -559,6 +560,7 @@ fn search_is_never_worse_than_the_reference_and_the_same_on_every_cpu() {
                 let granularity = Granularity::Group(group as u32);
                 let scheme = IntScheme { granularity, packing: Packing::Int8, ..scheme };
                 let reference = IntScheme { quality: Quality::Reference, ..scheme };
+                let best = IntScheme { quality: Quality::Best, ..scheme };
                 let weight = weight(f, rows, cols, group);
                 let bytes = stored(f, &weight);
                 let data = Reals::new(f.dtype, &bytes).expect("a float type");
@@ -570,6 +572,11 @@ fn search_is_never_worse_than_the_reference_and_the_same_on_every_cpu() {
                 let found = Stored::new(f, &found);
                 assert!(found.scales.iter().all(|&s| s != 0.0), "{scheme:?} {:?}", f.dtype);
                 let known = Stored::new(f, &run(reference, Isa::detect()));
+                let best = Stored::new(f, &run(best, Isa::detect())).errors(group, &weight);
+                for (g, (a, b)) in best.iter().zip(found.errors(group, &weight)).enumerate() {
+                    let context = format!("{a:e} > {b:e}, group {g}, {scheme:?} {:?}", f.dtype);
+                    assert!(*a <= b * (1.0 + 1e-6), "best: {context}");
+                }
                 let pairs = found.errors(group, &weight).into_iter();
                 for (g, (a, b)) in pairs.zip(known.errors(group, &weight)).enumerate() {
                     let context = format!("{a:e} > {b:e}, group {g}, {scheme:?} {:?}", f.dtype);

@@ -116,7 +116,7 @@ impl TransposedScheme {
             rows: tile.rows,
             cols: tile.cols,
             stride: tile.stride,
-            refining: tile.importance.map(|importance| Refining::new(isa, importance, tile.cols)),
+            refining: Refining::new(isa, self.quality, tile),
             codes,
             scales,
             zeros,
@@ -267,7 +267,7 @@ impl<E: Element> Kernel for Encode<'_, E> {
         let is_v1 = order == TransposedOrder::GptqV1;
         let mut search = match quality {
             Quality::Reference => None,
-            Quality::Search => {
+            Quality::Search | Quality::Best => {
                 let search = Search::new(range, symmetric, group);
                 Some(if is_v1 { search.without_lowest_zero() } else { search })
             }

@@ -2,6 +2,8 @@
 
 use super::*;
 
+const QUALITIES: [Quality; 3] = [Quality::Reference, Quality::Search, Quality::Best];
+
 /// One scheme of each kind beside integers, or more where kinds have kinds.
 pub(super) fn schemes(quality: Quality) -> Vec<Scheme> {
     let mut out = vec![Scheme::LlmInt8(LlmInt8Scheme)];
@@ -20,7 +22,7 @@ pub(super) fn schemes(quality: Quality) -> Vec<Scheme> {
     }
     for grain in [Fp8Grain::Tensor, Fp8Grain::Channel, Fp8Grain::Block(16)] {
         for scale in [Fp8Scale::Source, Fp8Scale::Inverse, Fp8Scale::Power] {
-            out.push(Scheme::Fp8(Fp8Scheme { grain, scale, whole_blocks: false }));
+            out.push(Scheme::Fp8(Fp8Scheme { grain, scale, whole_blocks: false, quality }));
         }
     }
     for codebook in [Codebook::Nf4, Codebook::Fp4] {
@@ -66,8 +68,11 @@ fn a_cast_rounds_each_element_to_nearest() {
 #[test]
 fn a_weight_shown_decoded_is_what_its_parts_decode_to() {
     let integers = all_schemes(Quality::Search).into_iter().map(Scheme::Int);
-    let schemes: Vec<Scheme> =
-        integers.chain(schemes(Quality::Reference)).chain(schemes(Quality::Search)).collect();
+    let schemes: Vec<Scheme> = integers
+        .chain(schemes(Quality::Reference))
+        .chain(schemes(Quality::Search))
+        .chain(schemes(Quality::Best))
+        .collect();
     for f in FLOATS {
         let bytes = stored(f, &weight(f, 75, 96, 32));
         let data = Reals::new(f.dtype, &bytes).expect("a float type");
@@ -113,7 +118,7 @@ fn chunks_make_the_bytes_of_the_whole_on_every_cpu() {
     for f in FLOATS {
         let bytes = stored(f, &weight(f, 75, 96, 32));
         let data = Reals::new(f.dtype, &bytes).expect("a float type");
-        for scheme in schemes(Quality::Reference).into_iter().chain(schemes(Quality::Search)) {
+        for scheme in QUALITIES.into_iter().flat_map(schemes) {
             let shape = shape_for(scheme);
             let whole = encode(scheme, Isa::detect(), data, shape, u64::MAX);
             for isa in Isa::available() {
@@ -140,7 +145,7 @@ fn nan_and_infinity_are_not_mistaken_for_weights_and_spoil_no_other_block() {
     // The first and last 32 rows share no block with the middle, nor do the last 32 columns.
     let (rows, cols, row, col) = (96, 192, 40, 70);
     for f in FLOATS {
-        for scheme in schemes(Quality::Reference).into_iter().chain(schemes(Quality::Search)) {
+        for scheme in QUALITIES.into_iter().flat_map(schemes) {
             for odd in [f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
                 let mut random = Random(1);
                 let mut weight: Vec<f32> =
