@@ -78,9 +78,9 @@ impl Refiner {
         importance: &[f32],
         stored: fn(f32) -> f32,
         out: &mut [u8],
-        lines: &mut [Line],
+        (scales, biases): (&mut [f32], &mut [f32]),
     ) {
-        isa.run(Row { refiner: self, row, importance, stored, out, lines });
+        isa.run(Row { refiner: self, row, importance, stored, out, scales, biases });
     }
 
     #[inline(always)]
@@ -214,17 +214,21 @@ struct Row<'a> {
     importance: &'a [f32],
     stored: fn(f32) -> f32,
     out: &'a mut [u8],
-    lines: &'a mut [Line],
+    scales: &'a mut [f32],
+    biases: &'a mut [f32],
 }
 
 impl Kernel for Row<'_> {
     #[inline(always)]
     fn run(self) {
-        let Self { refiner, row, importance, stored, out, lines } = self;
-        let len = row.len() / lines.len();
+        let Self { refiner, row, importance, stored, out, scales, biases } = self;
+        let len = row.len() / scales.len();
         let groups = row.chunks_exact(len).zip(importance.chunks_exact(len));
-        for ((group, importance), (out, line)) in groups.zip(out.chunks_exact_mut(len).zip(lines)) {
-            refiner.refine(group, importance, stored, out, line);
+        let outs = out.chunks_exact_mut(len).zip(scales.iter_mut().zip(biases));
+        for ((group, importance), (out, (scale, bias))) in groups.zip(outs) {
+            let mut line = Line { scale: *scale, bias: *bias };
+            refiner.refine(group, importance, stored, out, &mut line);
+            Line { scale: *scale, bias: *bias } = line;
         }
     }
 }
