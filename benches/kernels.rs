@@ -36,7 +36,8 @@ fn rate(scheme: Scheme, isa: Isa, dtype: Dtype, bytes: &[u8]) -> f64 {
         scheme.parts(dtype, shape).iter().map(|part| vec![0; part.bytes() as usize]).collect();
     let (slab, width) = scheme.grid(dtype, shape, u64::MAX).view();
     let data = Reals::new(dtype, bytes).expect("a float type");
-    let tile = Tile { data, rows: slab as usize, cols: width as usize, stride: width as usize };
+    let (rows, cols) = (slab as usize, width as usize);
+    let tile = Tile { data, rows, cols, stride: cols, importance: None };
     let mut survey = Survey::default();
     scheme.survey(isa, &tile, &mut survey);
     let mut best = f64::INFINITY;

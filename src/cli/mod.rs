@@ -7,7 +7,7 @@ mod mount;
 mod status;
 mod unmount;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::builder::PossibleValuesParser;
@@ -189,9 +189,16 @@ struct RecipeArgs {
     #[arg(long)]
     asymmetric: bool,
 
-    /// How scales are chosen: by error search, or as the format's own tool does, bit for bit
+    /// How scales are chosen: by error search, by one that takes about ten times as long, or as the
+    /// format's own tool does, bit for bit
     #[arg(long, value_name = "NAME", value_enum, default_value_t = QualityArg::Search)]
     quality: QualityArg,
+
+    /// What the errors of each input feature count for in that search: an imatrix of llama.cpp (.gguf
+    /// or .dat), or a .safetensors file that has a number for each input feature of a weight by the
+    /// weight's name
+    #[arg(long, value_name = "FILE")]
+    importance: Option<PathBuf>,
 
     /// How the scales of FP8 blocks are stored [default: f32]
     #[arg(long, value_name = "TYPE", value_enum)]
@@ -244,6 +251,7 @@ enum Profile {
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum QualityArg {
+    Best,
     Search,
     Reference,
 }
@@ -313,9 +321,11 @@ impl RecipeArgs {
             granularity: self.group_size,
             symmetric: (self.symmetric || self.asymmetric).then_some(self.symmetric),
             quality: match self.quality {
+                QualityArg::Best => Quality::Best,
                 QualityArg::Search => Quality::Search,
                 QualityArg::Reference => Quality::Reference,
             },
+            importance: self.importance.clone(),
             scale_format: self.scale_format.map(|format| match format {
                 ScaleFormatArg::F32 => ScaleFormat::F32,
                 ScaleFormatArg::Ue8m0 => ScaleFormat::Ue8m0,
@@ -475,6 +485,11 @@ mod tests {
             ("--symmetric", Some(Request { symmetric: Some(true), ..base() })),
             ("--asymmetric", Some(Request { symmetric: Some(false), ..base() })),
             ("--asymmetric --symmetric", None),
+            (
+                "--importance a/b.gguf",
+                Some(Request { importance: Some("a/b.gguf".into()), ..base() }),
+            ),
+            ("--quality best", Some(Request { quality: Quality::Best, ..base() })),
             ("--quality reference", Some(Request { quality: Quality::Reference, ..base() })),
             (
                 "--dtype f16",

@@ -67,7 +67,7 @@ pub(super) static FP8: CtFloat = CtFloat {
     takes: Takes::new(&[8], Grain::Channel, Some(true)),
     readers: &[TRANSFORMERS, by_layout("vLLM"), by_layout("SGLang"), MISTRAL_RS],
     experts: Some(&FP8),
-    scheme: |_| fp8(Fp8Grain::Channel),
+    scheme: |quality| fp8(Fp8Grain::Channel, quality),
     suffixes: &["weight", "weight_scale"],
     scalar: None,
     fuses: false,
@@ -82,7 +82,7 @@ pub(super) static FP8_TENSOR: CtFloat = CtFloat {
     about: "FP8 per tensor, activations per tensor, for transformers, vLLM and SGLang",
     takes: Takes::new(&[8], Grain::Tensor, Some(true)),
     experts: Some(&FP8_TENSOR),
-    scheme: |_| fp8(Fp8Grain::Tensor),
+    scheme: |quality| fp8(Fp8Grain::Tensor, quality),
     suffixes: &["weight"],
     scalar: Some("weight_scale"),
     fuses: false,
@@ -99,7 +99,7 @@ pub(super) static FP8_BLOCK: CtFloat = CtFloat {
     takes: Takes::new(&[8], Grain::Squares(128), Some(true)),
     readers: &[TRANSFORMERS, by_layout("vLLM"), by_layout("SGLang"), MISTRAL_RS],
     experts: Some(&FP8),
-    scheme: |_| fp8(Fp8Grain::Block(128)),
+    scheme: |quality| fp8(Fp8Grain::Block(128), quality),
     suffixes: &["weight", "weight_scale"],
     scalar: None,
     fuses: false,
@@ -176,8 +176,8 @@ const MISTRAL_RS: Reader = ran("mistral.rs", "0.9.5, a Llama (`tests/consumers/m
 const TRANSFORMERS: Reader =
     ran("transformers", "5.23 + compressed-tensors 0.20.0, a Llama (`tests/consumers/formats.py`)");
 
-fn fp8(grain: Fp8Grain) -> Scheme {
-    Scheme::Fp8(Fp8Scheme { grain, scale: Fp8Scale::Source, whole_blocks: false })
+fn fp8(grain: Fp8Grain, quality: Quality) -> Scheme {
+    Scheme::Fp8(Fp8Scheme { grain, scale: Fp8Scale::Source, whole_blocks: false, quality })
 }
 
 fn micro(float: MicroFloat, dialect: MicroDialect, quality: Quality) -> Scheme {

@@ -54,8 +54,8 @@ impl Format for Fp8Block {
             None | Some(ScaleFormat::F32) => (Fp8Scale::Inverse, "float"),
             Some(ScaleFormat::Ue8m0) => (Fp8Scale::Power, "ue8m0"),
         };
-        let grain = Fp8Grain::Block(128);
-        let scheme = Scheme::Fp8(Fp8Scheme { grain, scale, whole_blocks: true });
+        let (grain, quality) = (Fp8Grain::Block(128), request.quality);
+        let scheme = Scheme::Fp8(Fp8Scheme { grain, scale, whole_blocks: true, quality });
         let assignment = Assignment::new(catalog, config, request, scheme)?;
         let mut plan = Plan::new(assignment, catalog.tensors().len() * 2);
         for id in 0..catalog.tensors().len() {

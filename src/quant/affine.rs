@@ -17,13 +17,15 @@
 
 use crate::dtype::Dtype;
 
+use super::affine_refine::Refiner;
 use super::affine_search::Search;
 use super::grid::Grid;
 use super::int::MODERATE;
 use super::isa::{Isa, Kernel};
 use super::pack::{pack, packed_len, unpack, word_of};
+use super::refine::Refining;
 use super::shape::{bands, grouped, part};
-use super::tile::{Element, Extremes, NAN, Tile, for_element};
+use super::tile::{Element, Extremes, NAN, Tile, for_element, widen};
 use super::{Part, Quality, Role};
 
 /// Unsigned codes with a scale and a bias per group.
@@ -68,13 +70,14 @@ impl AffineScheme {
         // Groups are too short for the widest vectors, but for a search.
         let isa = match self.quality {
             Quality::Reference => isa.at_most_256_bits(),
-            Quality::Search => isa,
+            Quality::Search | Quality::Best => isa,
         };
         for_element!(dtype, E => isa.run(Encode::<E> {
             scheme: self,
             source: E::split(tile.data.bytes()),
             cols: tile.cols,
             stride: tile.stride,
+            refining: Refining::new(isa, self.quality, tile),
             codes,
             scales,
             biases,
@@ -137,6 +140,7 @@ struct Encode<'a, E: Element> {
     source: &'a [E::Raw],
     cols: usize,
     stride: usize,
+    refining: Option<Refining>,
     codes: &'a mut [u8],
     scales: &'a mut [u8],
     biases: &'a mut [u8],
@@ -144,7 +148,7 @@ struct Encode<'a, E: Element> {
 
 impl<E: Element> Kernel for Encode<'_, E> {
     #[inline(always)]
-    fn run(self) {
+    fn run(mut self) {
         let AffineScheme { bits, group_size, quality } = *self.scheme;
         let high = ((1u32 << bits) - 1) as f32;
         let group = group_size as usize;
@@ -154,8 +158,9 @@ impl<E: Element> Kernel for Encode<'_, E> {
         let [mut row_scales, mut row_biases] = [(); 2].map(|()| vec![0.0; groups]);
         let mut search = match quality {
             Quality::Reference => None,
-            Quality::Search => Some(Search::new(bits, group)),
+            Quality::Search | Quality::Best => Some(Search::new(bits, group)),
         };
+        let mut refiner = Refiner::new(bits, group, quality == Quality::Best);
         let rows = self.codes.chunks_exact_mut(packed_len(self.cols, bits));
         let scales = self.scales.chunks_exact_mut(groups * E::SIZE);
         let biases = self.biases.chunks_exact_mut(groups * E::SIZE);
@@ -165,6 +170,11 @@ impl<E: Element> Kernel for Encode<'_, E> {
                 Some(search) => {
                     let lines = (&mut row_scales[..], &mut row_biases[..]);
                     search.encode_row::<E>(row, &mut row_codes, lines);
+                    if let Some(Refining { isa, row: xs, importance }) = &mut self.refining {
+                        widen::<E>(row, xs);
+                        let lines = (&mut row_scales[..], &mut row_biases[..]);
+                        refiner.refine_row(*isa, xs, importance, E::round, &mut row_codes, lines);
+                    }
                 }
                 None => {
                     let ranges = row_mins.iter_mut().zip(&mut row_maxs);

@@ -18,8 +18,10 @@
 
 use crate::dtype::Dtype;
 
+use super::codebook_refine::Refiner;
 use super::codebook_search::Search;
 use super::grid::{Axis, Grid, PartBytes};
+use super::importance::Importance;
 use super::isa::{Isa, Kernel};
 use super::nested::{self, SCALES};
 use super::shape::{matrix, part};
@@ -303,6 +305,10 @@ impl CodebookScheme {
         for_element!(tile.data.dtype(), E => isa.run(Encode::<E> {
             scheme: self,
             source: &E::split(tile.data.bytes())[..weights],
+            refining: (self.quality == Quality::Best || tile.importance.is_some()).then(|| {
+                let block = self.block_size as usize;
+                (Refiner::new(isa, self.codebook.staircase(), block), tile.importance)
+            }),
             codes,
             scales,
         }));
@@ -334,6 +340,7 @@ const BATCH: usize = 4096;
 struct Encode<'a, E: Element> {
     scheme: &'a CodebookScheme,
     source: &'a [E::Raw],
+    refining: Option<(Refiner, Option<Importance<'a>>)>,
     codes: &'a mut [u8],
     scales: Scales<'a>,
 }
@@ -349,6 +356,7 @@ impl<E: Element> Kernel for Encode<'_, E> {
     fn run(self) {
         let block = self.scheme.block_size as usize;
         let codebook = self.scheme.codebook;
+        let mut refining = self.refining;
         let batch = (BATCH / block).max(1);
         let mut encoder = Encoder::new(codebook, batch * block);
         let mut stored = self.scales;
@@ -356,17 +364,24 @@ impl<E: Element> Kernel for Encode<'_, E> {
         let mut scales = vec![0.0; blocks];
         let mut search = match self.scheme.quality {
             Quality::Reference => None,
-            Quality::Search => Some(Search::new(codebook, block, blocks)),
+            Quality::Search | Quality::Best => Some(Search::new(codebook, block, blocks)),
         };
         let runs = self.source.chunks(blocks * block);
         let runs = runs.zip(self.codes.chunks_mut(blocks * block / 2));
         for (i, (run, codes)) in runs.enumerate() {
             let scales = &mut scales[..run.len().div_ceil(block)];
+            let parts = || run.chunks(block).zip((i * blocks * block..).step_by(block));
             for (xs, scale) in run.chunks(block).zip(&mut *scales) {
                 *scale = E::magnitude(xs);
             }
             if let Some(search) = &mut search {
                 search.scales::<E>(run, scales);
+                if let Some((refiner, importance)) = &mut refining {
+                    for ((xs, first), scale) in parts().zip(&mut *scales) {
+                        let importance = importance.map(|importance| importance.skip(first));
+                        *scale = refiner.refined::<E>(xs, importance, *scale);
+                    }
+                }
             }
             match &mut stored {
                 Scales::Plain(stored) => {
@@ -380,11 +395,20 @@ impl<E: Element> Kernel for Encode<'_, E> {
                     let n = nested::encode(scales, *offset, codes);
                     F32::store(n, &mut largest[i * 4..]);
                     if search.is_some() {
-                        // Codes are made for the scale that a loader will have; what is no magnitude
-                        // makes zeros of all.
-                        for (scale, &code) in scales.iter_mut().zip(&*codes) {
-                            let value = nested::value(code, n, *offset);
-                            *scale = if value > 0.0 { value } else { f32::INFINITY };
+                        let places = scales.iter_mut().zip(codes);
+                        for ((xs, first), (scale, code)) in parts().zip(places) {
+                            let near = [*code, code.saturating_sub(1), code.saturating_add(1)];
+                            let values = near.map(|code| nested::value(code, n, *offset));
+                            let best = match &mut refining {
+                                None => 0,
+                                Some((refiner, importance)) => {
+                                    let importance = importance.map(|i| i.skip(first));
+                                    refiner.best::<E>(xs, importance, values)
+                                }
+                            };
+                            *code = near[best];
+                            // What is no magnitude makes zeros of all.
+                            *scale = if values[best] > 0.0 { values[best] } else { f32::INFINITY };
                         }
                     }
                 }

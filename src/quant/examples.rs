@@ -30,7 +30,7 @@ pub fn examples(quality: Quality, size: u32) -> Vec<Scheme> {
     }
     for grain in [Fp8Grain::Tensor, Fp8Grain::Channel, Fp8Grain::Block(size)] {
         for scale in [Fp8Scale::Source, Fp8Scale::Inverse, Fp8Scale::Power] {
-            out.push(Scheme::Fp8(Fp8Scheme { grain, scale, whole_blocks: false }));
+            out.push(Scheme::Fp8(Fp8Scheme { grain, scale, whole_blocks: false, quality }));
         }
     }
     for codebook in [Codebook::Nf4, Codebook::Fp4] {

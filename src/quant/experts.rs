@@ -18,6 +18,7 @@
 use crate::dtype::Dtype;
 
 use super::grid::{Axis, Grid, PartBytes};
+use super::importance::Importance;
 use super::isa::{Isa, Kernel};
 use super::minifloat::{E2M1_MAX, E8M0_NAN, e2m1, e2m1_rounded, e2m1_value, e8m0_value, within};
 use super::shape::{STRIPE, is_real};
@@ -77,11 +78,12 @@ impl ExpertsScheme {
     pub(super) fn encode(&self, isa: Isa, tile: &Tile<'_>, out: &mut [&mut [u8]]) {
         let [codes, scales] = out else { unreachable!("two parts") };
         for_element!(tile.data.dtype(), E => isa.run(Encode::<E> {
-            searched: self.quality == Quality::Search,
+            searched: self.quality != Quality::Reference,
             source: E::split(tile.data.bytes()),
             rows: tile.rows,
             cols: tile.cols,
             stride: tile.stride,
+            importance: tile.importance,
             codes,
             scales,
         }));
@@ -111,6 +113,7 @@ struct Encode<'a, E: Element> {
     rows: usize,
     cols: usize,
     stride: usize,
+    importance: Option<Importance<'a>>,
     codes: &'a mut [u8],
     scales: &'a mut [u8],
 }
@@ -120,6 +123,7 @@ impl<E: Element> Kernel for Encode<'_, E> {
     fn run(self) {
         let groups = self.rows / GROUP;
         let (codes, _) = self.codes.as_chunks_mut::<{ GROUP / 2 }>();
+        let importance = self.importance.map(|importance| importance.of_row(self.rows));
         let mut weights = [[0.0; LANES]; GROUP];
         for first in (0..self.cols).step_by(LANES) {
             let lanes = LANES.min(self.cols - first);
@@ -130,7 +134,14 @@ impl<E: Element> Kernel for Encode<'_, E> {
                         *x = E::widen(raw);
                     }
                 }
-                let scales = scales(&weights, self.searched);
+                let scales = match (self.searched, &importance) {
+                    (false, _) => reference(&weights),
+                    (true, None) => searched(&weights, |_| 1.0),
+                    (true, Some(importance)) => {
+                        let importance = &importance[g * GROUP..][..GROUP];
+                        searched(&weights, |row| importance[row])
+                    }
+                };
                 let words = words(&weights, &scales);
                 for lane in 0..lanes {
                     let at = (first + lane) * groups + g;
@@ -145,31 +156,35 @@ impl<E: Element> Kernel for Encode<'_, E> {
     }
 }
 
-/// A group's scale in E8M0, for each lane.
+/// A group's scale in E8M0 by definition, for each lane.
 #[inline(always)]
-fn scales(weights: &[[f32; LANES]; GROUP], searched: bool) -> [u32; LANES] {
+fn reference(weights: &[[f32; LANES]; GROUP]) -> [u32; LANES] {
     let mut largest = [0u32; LANES];
     for xs in weights {
         for (largest, x) in largest.iter_mut().zip(xs) {
             *largest = (x.to_bits() & 0x7fff_ffff).max(*largest);
         }
     }
-    let reference = largest.map(|bits| {
+    largest.map(|bits| {
         let exponent = (bits >> 23).saturating_sub(2);
         let exponent = if bits == 0 { 127 } else { exponent };
         if bits < f32::INFINITY.to_bits() { exponent } else { u32::from(E8M0_NAN) }
-    });
-    if !searched {
-        return reference;
-    }
-    let mut best = (reference, errors(weights, &reference));
+    })
+}
+
+/// The best of that scale and its neighbours, for each lane. The errors of a row count for what `count`
+/// says.
+#[inline(always)]
+fn searched(weights: &[[f32; LANES]; GROUP], count: impl Fn(usize) -> f32 + Copy) -> [u32; LANES] {
+    let reference = reference(weights);
+    let mut best = (reference, errors(weights, &reference, count));
     for step in [1, u32::MAX] {
         // Errors at these scales are numbers, and not zero for want of smaller ones.
         let candidates = reference.map(|scale| {
             let open = (64..190).contains(&scale);
             if open { scale.wrapping_add(step) } else { scale }
         });
-        let found = errors(weights, &candidates);
+        let found = errors(weights, &candidates, count);
         for lane in 0..LANES {
             let better = found[lane] < best.1[lane];
             best.0[lane] = if better { candidates[lane] } else { best.0[lane] };
@@ -188,14 +203,19 @@ fn reciprocal(scale: u32) -> f32 {
 
 /// The squared errors of groups with those scales.
 #[inline(always)]
-fn errors(weights: &[[f32; LANES]; GROUP], scales: &[u32; LANES]) -> [f32; LANES] {
+fn errors(
+    weights: &[[f32; LANES]; GROUP],
+    scales: &[u32; LANES],
+    count: impl Fn(usize) -> f32,
+) -> [f32; LANES] {
     let reciprocals = scales.map(reciprocal);
     let mut sums = [0.0; LANES];
-    for xs in weights {
+    for (row, xs) in weights.iter().enumerate() {
+        let count = count(row);
         for lane in 0..LANES {
             let a = xs[lane].abs() * reciprocals[lane];
             let error = a - e2m1_rounded(within(a, E2M1_MAX));
-            sums[lane] += error * error;
+            sums[lane] += error * error * count;
         }
     }
     for lane in 0..LANES {

@@ -14,19 +14,24 @@
 //! What shares a scale with a NaN or an infinity has the scale NaN or infinity, and is NaN itself
 //! wherever it comes out as NaN; with one scale per weight, that is all of it. A power of two can't be infinite; there it is NaN as well.
 //!
-//! Codes have the same relative error at every scale, so a search has nothing to find: there is one
-//! quality.
+//! Codes have nearly the same relative error at every scale, so there is little to find: a search is
+//! made at best quality alone, for the scale with the least squared error among some up to twice as
+//! large, as if the largest magnitude were another. Powers of two, and the one scale of a weight, are
+//! always those of the reference.
 
 use crate::dtype::Dtype;
 
 use super::grid::Grid;
 use super::int::MODERATE;
 use super::isa::{Isa, Kernel};
-use super::minifloat::{E4M3_MAX, E4M3_NAN, E8M0_NAN, e4m3, e4m3_value, e8m0_ceil, e8m0_value};
+use super::lanes::{LANES, sum};
+use super::minifloat::{
+    E4M3_MAX, E4M3_NAN, E8M0_NAN, e4m3, e4m3_rounded, e4m3_value, e8m0_ceil, e8m0_value, within,
+};
 use super::shape::{bands, matrix, part};
 use super::survey::Survey;
 use super::tile::{Element, F32, NAN, Tile, for_element};
-use super::{Part, Role};
+use super::{Part, Quality, Role};
 
 /// Which weights share a scale.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -59,6 +64,8 @@ pub struct Fp8Scheme {
     pub scale: Fp8Scale,
     /// Whether weights that are not whole blocks are refused.
     pub whole_blocks: bool,
+    /// How the scales of channels and blocks are chosen.
+    pub quality: Quality,
 }
 
 impl Fp8Scale {
@@ -111,6 +118,13 @@ impl Fp8Scheme {
         bytes
     }
 
+    /// Whether scales are searched for.
+    pub(super) fn is_searched(&self) -> bool {
+        self.quality == Quality::Best
+            && self.grain != Fp8Grain::Tensor
+            && self.scale != Fp8Scale::Power
+    }
+
     pub(super) fn grid(&self, dtype: Dtype, shape: &[u64], source_bytes: u64) -> Grid {
         let (rows, _) = self.block(shape[1]);
         bands(dtype, shape, rows, |shape| self.parts(dtype, shape), source_bytes)
@@ -126,6 +140,10 @@ impl Fp8Scheme {
             source: E::split(tile.data.bytes()),
             cols: tile.cols,
             stride: tile.stride,
+            counts: self.is_searched().then(|| match tile.importance {
+                Some(importance) => importance.of_row(tile.cols),
+                None => vec![1.0; tile.cols],
+            }),
             codes,
             scales: match scales.first_mut() {
                 Some(scales) => Scales::Stored(scales),
@@ -175,6 +193,8 @@ struct Encode<'a, E: Element> {
     source: &'a [E::Raw],
     cols: usize,
     stride: usize,
+    /// What the errors of a row count for in a search; `None` where there is none.
+    counts: Option<Vec<f32>>,
     codes: &'a mut [u8],
     scales: Scales<'a>,
 }
@@ -190,7 +210,7 @@ enum Scales<'a> {
 impl<E: Element> Kernel for Encode<'_, E> {
     #[inline(always)]
     fn run(self) {
-        let Self { rule, block: (high, wide), source, cols, stride, mut scales, .. } = self;
+        let Self { rule, block: (high, wide), source, cols, stride, counts, mut scales, .. } = self;
         let across = cols.div_ceil(wide);
         for (band, codes) in self.codes.chunks_mut(high * cols).enumerate() {
             for b in 0..across {
@@ -209,6 +229,13 @@ impl<E: Element> Kernel for Encode<'_, E> {
                             Fp8Scale::Power => 1,
                         };
                         let at = (band * across + b) * size;
+                        let magnitude = match &counts {
+                            Some(counts) if MODERATE.contains(&magnitude) => {
+                                let rows = || (0..rows).map(row);
+                                searched::<E, _>(rule, magnitude, rows, &counts[cut.clone()])
+                            }
+                            _ => magnitude,
+                        };
                         Factor::new::<E>(rule, magnitude, &mut scales[at..])
                     }
                 };
@@ -218,6 +245,34 @@ impl<E: Element> Kernel for Encode<'_, E> {
             }
         }
     }
+}
+
+/// What the largest magnitude is multiplied by in a search.
+const SHIFTS: [f32; 16] =
+    [0.88, 0.92, 0.96, 1.045, 1.09, 1.14, 1.19, 1.24, 1.3, 1.36, 1.42, 1.48, 1.55, 1.62, 1.7, 1.85];
+
+/// The magnitude, near the largest of some rows, as whose scale makes the least of their errors.
+#[inline(always)]
+fn searched<'a, E: Element<Raw: 'a>, R: Iterator<Item = &'a [E::Raw]>>(
+    rule: Fp8Scale,
+    magnitude: f32,
+    rows: impl Fn() -> R,
+    counts: &[f32],
+) -> f32 {
+    let error = |magnitude| {
+        let factor = Factor::new::<E>(rule, magnitude, &mut [0; 4]);
+        rows().map(|row| factor.error::<E>(row, counts)).sum::<f32>()
+    };
+    let mut best = (magnitude, error(magnitude));
+    for shift in SHIFTS {
+        let shifted = magnitude * shift;
+        let error = error(shifted);
+        // Not so for a NaN. A sum's own rounding must not prefer what is worse.
+        if error < best.1 * (1.0 - 1.0 / 65536.0) {
+            best = (shifted, error);
+        }
+    }
+    best.0
 }
 
 /// What a code is made with, for a largest magnitude.
@@ -262,6 +317,35 @@ impl Factor {
                 Self::Multiply(1.0 / e8m0_value(out[0]))
             }
         }
+    }
+
+    /// What the squared errors of a row count for; NaN where a scale is too small or large for it.
+    #[inline(always)]
+    fn error<E: Element>(self, row: &[E::Raw], counts: &[f32]) -> f32 {
+        let (scale, reciprocal) = match self {
+            Self::Divide(scale) => (scale, 1.0 / scale),
+            Self::Multiply(factor) => (F32::round(1.0 / factor), factor),
+        };
+        if !MODERATE.contains(&scale) || !MODERATE.contains(&reciprocal) {
+            return f32::NAN;
+        }
+        let error = |raw: E::Raw, count: f32| {
+            let x = E::widen(raw);
+            let y = match self {
+                Self::Divide(scale) => E::quotient(x, scale, reciprocal),
+                Self::Multiply(factor) => x * factor,
+            };
+            let error = x.abs() * reciprocal - e4m3_rounded(within(y.abs(), E4M3_MAX));
+            error * error * count
+        };
+        let mut sums = [0.0; LANES];
+        let (rows, counts) = (row.chunks(LANES), counts.chunks(LANES));
+        for (xs, counts) in rows.zip(counts) {
+            for ((sum, &raw), &count) in sums.iter_mut().zip(xs).zip(counts) {
+                *sum += error(raw, count);
+            }
+        }
+        sum(sums) * scale * scale
     }
 
     #[inline(always)]

@@ -22,9 +22,10 @@ use crate::dtype::Dtype;
 use super::grid::Grid;
 use super::isa::{Isa, Kernel};
 use super::pack::{pack, pack_down, packed_len, unpack, word_of};
+use super::refine::{Refiner, Refining};
 use super::search::{Search, Tool};
 use super::shape::{bands, grouped, matrix, part};
-use super::tile::{Element, Extremes, Tile, for_element};
+use super::tile::{Element, Extremes, Tile, for_element, widen};
 use super::{Part, Quality, Role};
 
 /// Which weights share a scale.
@@ -124,6 +125,7 @@ impl IntScheme {
             cols: tile.cols,
             stride: tile.stride,
             group,
+            refining: Refining::new(isa, self.quality, tile),
             codes,
             scales,
             zero_points,
@@ -244,6 +246,7 @@ struct Encode<'a, E: Element> {
     cols: usize,
     stride: usize,
     group: usize,
+    refining: Option<Refining>,
     codes: &'a mut [u8],
     scales: &'a mut [u8],
     zero_points: &'a mut [u8],
@@ -251,7 +254,7 @@ struct Encode<'a, E: Element> {
 
 impl<E: Element> Kernel for Encode<'_, E> {
     #[inline(always)]
-    fn run(self) {
+    fn run(mut self) {
         let IntScheme { bits, symmetric, packing, quality, .. } = *self.scheme;
         let range = Codes::new(bits, packing);
         let groups = self.cols / self.group;
@@ -264,8 +267,9 @@ impl<E: Element> Kernel for Encode<'_, E> {
         let mut row_fits = vec![Fit { scale: 0.0, zero_point: 0.0 }; groups];
         let mut search = match quality {
             Quality::Reference => None,
-            Quality::Search => Some(Search::new(range, symmetric, self.group)),
+            Quality::Search | Quality::Best => Some(Search::new(range, symmetric, self.group)),
         };
+        let mut refiner = Refiner::new(range, symmetric, self.group);
         self.zero_points.fill(0);
         let rows = self.codes.chunks_exact_mut(row_len);
         let scales = self.scales.chunks_exact_mut(groups * E::SIZE);
@@ -274,6 +278,11 @@ impl<E: Element> Kernel for Encode<'_, E> {
             if let Some(search) = &mut search {
                 let codes = &mut row_codes[..self.cols];
                 search.encode_row::<E, CompressedTensors>(row, codes, &mut row_fits);
+                if let Some(Refining { isa, row: xs, importance }) = &mut self.refining {
+                    widen::<E>(row, xs);
+                    let stored = CompressedTensors::stored::<E>;
+                    refiner.refine_row(*isa, xs, importance, stored, codes, &mut row_fits);
+                }
             } else {
                 let groups = row.chunks_exact(self.group).zip(&mut row_fits);
                 for ((group, fit), out) in groups.zip(row_codes.chunks_exact_mut(self.group)) {

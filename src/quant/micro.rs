@@ -32,6 +32,7 @@
 use crate::dtype::Dtype;
 
 use super::grid::Grid;
+use super::importance::Importance;
 use super::isa::{Isa, Kernel};
 use super::micro_search::Search;
 use super::minifloat::{
@@ -134,7 +135,7 @@ impl MicroScheme {
         let magnitude = if magnitude < E::SMALLEST { E::SMALLEST } else { magnitude };
         let global = E::round(E::round(1.0 / magnitude) * LARGEST);
         let global = match self.quality {
-            Quality::Search if !global.is_finite() => LARGEST / magnitude,
+            Quality::Search | Quality::Best if !global.is_finite() => LARGEST / magnitude,
             _ => global,
         };
         if global.is_finite() { global } else { 1.0 }
@@ -156,6 +157,7 @@ impl MicroScheme {
             source: E::split(tile.data.bytes()),
             cols: tile.cols,
             stride: tile.stride,
+            importance: tile.importance,
             codes,
             scales,
         }));
@@ -275,6 +277,7 @@ struct Encode<'a, E: Element> {
     source: &'a [E::Raw],
     cols: usize,
     stride: usize,
+    importance: Option<Importance<'a>>,
     codes: &'a mut [u8],
     scales: &'a mut [u8],
 }
@@ -292,8 +295,9 @@ impl<E: Element> Encode<'_, E> {
     fn encode<const GROUP: usize>(self) {
         let (scheme, global) = (*self.scheme, self.global);
         let bits = scheme.bits();
-        let searched = scheme.quality == Quality::Search && scheme.float == MicroFloat::E2m1;
-        let mut search = searched.then(|| Search::new(scheme, global));
+        let searched = scheme.quality != Quality::Reference && scheme.float == MicroFloat::E2m1;
+        let importance = self.importance.map(|importance| importance.of_row(self.cols));
+        let mut search = searched.then(|| Search::new(scheme, global, importance));
         let mut row_codes = vec![0; self.cols];
         // A group is too short for a loop of its own, so its scale is spread over its elements.
         let mut spread = vec![0.0; self.cols];

@@ -63,6 +63,12 @@ pub(super) fn e2m1_rounded(a: f32) -> f32 {
     nearest::<1, 0>(a).1
 }
 
+/// The E4M3 magnitude nearest to one of at most 448, ties to even codes.
+#[inline(always)]
+pub(super) fn e4m3_rounded(a: f32) -> f32 {
+    nearest::<3, -6>(a).1
+}
+
 /// The smaller of two magnitudes, of which the second is a number.
 #[inline(always)]
 pub(super) fn within(magnitude: f32, largest: f32) -> f32 {

@@ -6,14 +6,17 @@
 //! [`Isa`] or on how a weight is cut.
 
 mod affine;
+mod affine_refine;
 mod affine_search;
 mod cast;
 mod codebook;
+mod codebook_refine;
 mod codebook_search;
 mod examples;
 mod experts;
 mod fp8;
 mod grid;
+mod importance;
 mod int;
 mod isa;
 mod lanes;
@@ -23,6 +26,7 @@ mod micro_search;
 mod minifloat;
 mod nested;
 mod pack;
+mod refine;
 mod search;
 mod shape;
 mod simulate;
@@ -32,6 +36,7 @@ mod survey;
 mod tests;
 mod tile;
 mod transposed;
+mod weighed;
 
 use crate::dtype::{Dtype, byte_len};
 use shape::assert_lengths;
@@ -43,6 +48,7 @@ pub use examples::examples;
 pub use experts::ExpertsScheme;
 pub use fp8::{Fp8Grain, Fp8Scale, Fp8Scheme};
 pub use grid::{Axis, Grid, PartBytes, Window};
+pub use importance::Importance;
 pub use int::{Granularity, IntScheme, Packing};
 pub use isa::Isa;
 pub use llm_int8::LlmInt8Scheme;
@@ -58,6 +64,8 @@ pub enum Quality {
     Reference,
     /// The scale, and zero point, with the least squared error that a search finds.
     Search,
+    /// No worse than that, of any group: what some ten times as much work finds.
+    Best,
 }
 
 /// How a weight becomes codes.
@@ -202,6 +210,40 @@ impl Scheme {
         }
     }
 
+    /// Whether what errors count for has a say in what an accepted weight is encoded to.
+    pub fn is_searched(&self) -> bool {
+        let quality = match self {
+            Self::Int(scheme) => scheme.quality,
+            Self::Affine(scheme) => scheme.quality,
+            Self::Micro(MicroScheme { float: MicroFloat::E2m1, quality, .. }) => *quality,
+            Self::Codebook(scheme) => scheme.quality,
+            Self::Transposed(scheme) => scheme.quality,
+            Self::Experts(scheme) => scheme.quality,
+            Self::Fp8(scheme) => return scheme.is_searched(),
+            Self::Micro(_) | Self::LlmInt8(_) | Self::Cast(_) => Quality::Reference,
+        };
+        quality != Quality::Reference
+    }
+
+    /// Number of input features of an accepted weight.
+    pub fn inputs(&self, shape: &[u64]) -> u64 {
+        match self {
+            Self::Experts(_) => shape[shape.len() - 2],
+            _ => shape[shape.len() - 1],
+        }
+    }
+
+    /// The matrix of stacked ones, and the input feature there, that the first element of a window
+    /// belongs to: of a chunk of an accepted weight, be it shown decoded or not.
+    pub fn first_input(&self, shape: &[u64], window: &Window) -> (u64, u64) {
+        let inputs = self.inputs(shape);
+        match self {
+            Self::Experts(_) => (window.first_row / inputs, window.first_row % inputs),
+            // Of a run of rows as well.
+            _ => (0, window.first_col % inputs),
+        }
+    }
+
     /// Encodes the window of one chunk: all parts, in the order of [`parts`](Self::parts), in one
     /// pass over the tile. `survey` is that of the whole weight, any where the scheme needs none.
     /// `out` has the lengths that the grid gives; every byte is written.
@@ -285,13 +327,13 @@ impl std::fmt::Display for Scheme {
                 write!(f, ", groups of {}", scheme.group_size())?;
                 (scheme.float == MicroFloat::E2m1).then_some(&scheme.quality)
             }
-            Self::Fp8(Fp8Scheme { grain, .. }) => {
-                match grain {
+            Self::Fp8(scheme) => {
+                match scheme.grain {
                     Fp8Grain::Tensor => f.write_str("E4M3, per tensor")?,
                     Fp8Grain::Channel => f.write_str("E4M3, per channel")?,
                     Fp8Grain::Block(size) => write!(f, "E4M3, blocks of {size} x {size}")?,
                 }
-                None
+                scheme.is_searched().then_some(&scheme.quality)
             }
             Self::Codebook(CodebookScheme { codebook, block_size, double, quality, .. }) => {
                 f.write_str(match codebook {
@@ -320,6 +362,7 @@ impl std::fmt::Display for Scheme {
         match quality {
             Some(Quality::Reference) => f.write_str(", reference"),
             Some(Quality::Search) => f.write_str(", search"),
+            Some(Quality::Best) => f.write_str(", best"),
             None => Ok(()),
         }
     }

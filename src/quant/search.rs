@@ -15,6 +15,7 @@
 
 use super::int::{Codes, Fit, MODERATE};
 use super::tile::{Element, Extremes};
+use super::weighed::Unit;
 
 /// Squared errors are summed over this many lanes, whatever the instruction set.
 const LANES: usize = 32;
@@ -219,7 +220,7 @@ impl Search {
     /// Makes `candidate`, as stored, the best of a group if its error is smaller.
     #[inline(always)]
     fn consider<E: Element, T: Tool>(&mut self, g: usize, candidate: Fit) {
-        let candidate = self.groups[g].unit.as_stored::<E, T>(candidate);
+        let candidate = self.groups[g].unit.rounded::<E, T>(candidate);
         let error = self.error(g, candidate);
         let group = &mut self.groups[g];
         // Not so for the NaN of a scale that was rounded to zero. A sum's own rounding must not
@@ -391,24 +392,7 @@ fn far(bits: u32) -> &'static [f32] {
     }
 }
 
-/// A power of two, and one over it.
-#[derive(Clone, Copy, Debug)]
-struct Unit {
-    value: f32,
-    reciprocal: f32,
-}
-
 impl Unit {
-    /// The largest power of two within `magnitude`, which is neither tiny nor huge.
-    #[inline(always)]
-    fn of(magnitude: f32) -> Self {
-        let exponent = magnitude.to_bits() >> 23;
-        Self {
-            value: f32::from_bits(exponent << 23),
-            reciprocal: f32::from_bits((254 - exponent) << 23),
-        }
-    }
-
     /// `fit` in this unit.
     #[inline(always)]
     fn load(self, fit: Fit) -> Fit {
@@ -423,7 +407,7 @@ impl Unit {
 
     /// `fit`, in this unit, with its scale rounded as it will be when stored.
     #[inline(always)]
-    fn as_stored<E: Element, T: Tool>(self, fit: Fit) -> Fit {
+    fn rounded<E: Element, T: Tool>(self, fit: Fit) -> Fit {
         self.load(Fit { scale: T::stored::<E>(fit.scale * self.value), ..fit })
     }
 }
@@ -535,12 +519,12 @@ fn round(x: f32) -> f32 {
 }
 
 #[inline(always)]
-fn at_least(x: f32, low: f32) -> f32 {
+pub(super) fn at_least(x: f32, low: f32) -> f32 {
     if x < low { low } else { x }
 }
 
 #[inline(always)]
-fn clamp(x: f32, low: f32, high: f32) -> f32 {
+pub(super) fn clamp(x: f32, low: f32, high: f32) -> f32 {
     let x = if x < low { low } else { x };
     if x > high { high } else { x }
 }

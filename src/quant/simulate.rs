@@ -76,11 +76,17 @@ impl Scheme {
         for first_row in (0..tile.rows).step_by(rows) {
             for first_col in (0..tile.cols).step_by(cols) {
                 let at = first_row * tile.stride + first_col;
+                // Experts have their input features one below the other.
+                let skipped = match self {
+                    Self::Experts(_) => first_row,
+                    _ => first_col,
+                };
                 let piece = Tile {
                     data: tile.data.skip(at * element),
                     rows: rows.min(tile.rows - first_row),
                     cols: cols.min(tile.cols - first_col),
                     stride: tile.stride,
+                    importance: tile.importance.map(|importance| importance.skip(skipped)),
                 };
                 let shape = [piece.rows as u64, piece.cols as u64];
                 parts.resize_with(self.parts(dtype, &shape).len(), Vec::new);

@@ -1,10 +1,12 @@
 //! Integer schemes against a naive definition, on every instruction set.
 
 mod affine;
+mod best;
 mod codebook;
 mod every;
 mod experts;
 mod floats;
+mod importance;
 mod transposed;
 
 use super::*;
@@ -272,6 +274,7 @@ fn tile_of<'a>(grid: &Grid, data: Reals<'a>, chunk: u64) -> Tile<'a> {
         rows: window.rows as usize,
         cols: window.cols as usize,
         stride: width as usize,
+        importance: None,
     }
 }
 
@@ -487,7 +490,7 @@ fn a_tile_skips_what_lies_between_its_rows() {
     let mut parts: Vec<Vec<u8>> = expected.iter().map(|p| vec![0; p.len()]).collect();
     let mut out: Vec<&mut [u8]> = parts.iter_mut().map(|p| &mut p[..]).collect();
     let end = ((rows - 1) * stride + cols) * 2;
-    let tile = Tile { data: Reals::Bf16(&wide[..end]), rows, cols, stride };
+    let tile = Tile { data: Reals::Bf16(&wide[..end]), rows, cols, stride, importance: None };
     Scheme::Int(scheme).encode(isa, &tile, &Survey::default(), &mut out);
     assert_eq!(parts, expected);
 }
@@ -557,6 +560,7 @@ fn search_is_never_worse_than_the_reference_and_the_same_on_every_cpu() {
                 let granularity = Granularity::Group(group as u32);
                 let scheme = IntScheme { granularity, packing: Packing::Int8, ..scheme };
                 let reference = IntScheme { quality: Quality::Reference, ..scheme };
+                let best = IntScheme { quality: Quality::Best, ..scheme };
                 let weight = weight(f, rows, cols, group);
                 let bytes = stored(f, &weight);
                 let data = Reals::new(f.dtype, &bytes).expect("a float type");
@@ -568,6 +572,11 @@ fn search_is_never_worse_than_the_reference_and_the_same_on_every_cpu() {
                 let found = Stored::new(f, &found);
                 assert!(found.scales.iter().all(|&s| s != 0.0), "{scheme:?} {:?}", f.dtype);
                 let known = Stored::new(f, &run(reference, Isa::detect()));
+                let best = Stored::new(f, &run(best, Isa::detect())).errors(group, &weight);
+                for (g, (a, b)) in best.iter().zip(found.errors(group, &weight)).enumerate() {
+                    let context = format!("{a:e} > {b:e}, group {g}, {scheme:?} {:?}", f.dtype);
+                    assert!(*a <= b * (1.0 + 1e-6), "best: {context}");
+                }
                 let pairs = found.errors(group, &weight).into_iter();
                 for (g, (a, b)) in pairs.zip(known.errors(group, &weight)).enumerate() {
                     let context = format!("{a:e} > {b:e}, group {g}, {scheme:?} {:?}", f.dtype);

@@ -2,6 +2,8 @@
 
 use crate::dtype::Dtype;
 
+use super::importance::Importance;
+
 /// A floating-point type that weights are stored in.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Real {
@@ -95,6 +97,8 @@ pub struct Tile<'a> {
     pub cols: usize,
     /// Elements from the start of a row to the start of the next.
     pub stride: usize,
+    /// What the errors of its elements count for in a search; all the same where `None`.
+    pub importance: Option<Importance<'a>>,
 }
 
 /// The smallest and largest value of a group, both widened to include zero. NaN if the group has a
@@ -422,6 +426,14 @@ impl Element for F32 {
     fn magnitude(group: &[[u8; 4]]) -> f32 {
         let magnitude = |m: i32, raw: &[u8; 4]| m.max(i32::from_le_bytes(*raw) & i32::MAX);
         f32::from_bits(group.iter().fold(0, magnitude).cast_unsigned())
+    }
+}
+
+/// A row's exact values.
+#[inline(always)]
+pub(super) fn widen<E: Element>(row: &[E::Raw], out: &mut [f32]) {
+    for (out, &raw) in out.iter_mut().zip(row) {
+        *out = E::widen(raw);
     }
 }
 

@@ -26,9 +26,10 @@ use super::grid::Grid;
 use super::int::{Codes, Fit, Granularity, MODERATE};
 use super::isa::{Isa, Kernel};
 use super::pack::{pack, packed_len, unpack, word_of};
+use super::refine::{Refiner, Refining};
 use super::search::{Search, Tool};
 use super::shape::{grouped, matrix, part, stripes};
-use super::tile::{Element, Extremes, F16, Tile, for_element};
+use super::tile::{Element, Extremes, F16, Tile, for_element, widen};
 use super::{Part, Quality, Role};
 
 /// Transposed integers with a scale and a zero point per group or channel.
@@ -113,6 +114,7 @@ impl TransposedScheme {
             rows: tile.rows,
             cols: tile.cols,
             stride: tile.stride,
+            refining: Refining::new(isa, self.quality, tile),
             codes,
             scales,
             zeros,
@@ -243,6 +245,7 @@ struct Encode<'a, E: Element> {
     rows: usize,
     cols: usize,
     stride: usize,
+    refining: Option<Refining>,
     codes: &'a mut [u8],
     scales: &'a mut [u8],
     zeros: &'a mut [u8],
@@ -250,20 +253,22 @@ struct Encode<'a, E: Element> {
 
 impl<E: Element> Kernel for Encode<'_, E> {
     #[inline(always)]
-    fn run(self) {
+    fn run(mut self) {
         let TransposedScheme { bits, symmetric, order, quality, .. } = *self.scheme;
         let (rows, cols) = (self.rows, self.cols);
         let group = self.scheme.group(cols as u64) as usize;
         let groups = cols / group;
         let range = Codes::offset(bits);
+        let is_v1 = order == TransposedOrder::GptqV1;
         let mut search = match quality {
             Quality::Reference => None,
-            Quality::Search => {
+            Quality::Search | Quality::Best => {
                 let search = Search::new(range, symmetric, group);
-                let is_v1 = order == TransposedOrder::GptqV1;
                 Some(if is_v1 { search.without_lowest_zero() } else { search })
             }
         };
+        let refiner = Refiner::new(range, symmetric, group);
+        let mut refiner = if is_v1 { refiner.without_lowest_zero() } else { refiner };
         // Rows whose codes share a word, and words that a row's codes take part in.
         let (sharing, width) = match order {
             TransposedOrder::AwqGemm => (8, cols),
@@ -290,7 +295,15 @@ impl<E: Element> Kernel for Encode<'_, E> {
                     let row = &self.source[r * self.stride..][..cols];
                     let codes = &mut row_codes[(r - first) * code_pitch..][..cols];
                     match &mut search {
-                        Some(search) => search.encode_row::<E, GptqModel>(row, codes, &mut fits),
+                        Some(search) => {
+                            search.encode_row::<E, GptqModel>(row, codes, &mut fits);
+                            if let Some(Refining { isa, row: xs, importance }) = &mut self.refining
+                            {
+                                widen::<E>(row, xs);
+                                let stored = GptqModel::stored::<E>;
+                                refiner.refine_row(*isa, xs, importance, stored, codes, &mut fits);
+                            }
+                        }
                         None => {
                             let pairs = row.chunks_exact(group).zip(codes.chunks_exact_mut(group));
                             for ((group, codes), fit) in pairs.zip(&mut fits) {

@@ -2,12 +2,14 @@
 
 mod ignore;
 mod linear;
+mod llama_cpp;
 mod overrides;
 mod pattern;
 mod vocabulary;
 
 use std::borrow::Cow;
 use std::collections::HashMap;
+use std::path::PathBuf;
 
 use serde_json::Value;
 
@@ -18,6 +20,7 @@ use crate::source::{Catalog, Tensor, TensorId};
 use crate::threads;
 use ignore::KeptModule;
 use linear::{Kind, Reason};
+pub use llama_cpp::{LlamaCppName, llama_cpp_names};
 pub use overrides::{Joined, Override, Setting, stack_of};
 use pattern::Patterns;
 pub use vocabulary::fused_group;
@@ -35,6 +38,9 @@ pub struct Request {
     pub symmetric: Option<bool>,
     /// How scales are chosen.
     pub quality: Quality,
+    /// The file that says what the errors of input features count for in a search: an imatrix of
+    /// llama.cpp, or safetensors. All count the same where `None`.
+    pub importance: Option<PathBuf>,
     /// How block scales are stored; the format's default where `None`.
     pub scale_format: Option<ScaleFormat>,
     /// What bitsandbytes' codes are declared as; U8 where `None`.
@@ -61,6 +67,7 @@ impl Default for Request {
             granularity: None,
             symmetric: None,
             quality: Quality::Search,
+            importance: None,
             scale_format: None,
             storage: None,
             double_quant: false,

@@ -11,6 +11,7 @@ mod elements;
 mod file;
 mod guard;
 mod header;
+mod importance;
 mod index;
 mod window;
 
@@ -27,6 +28,7 @@ pub use decode::Coded;
 pub use elements::{DecodeF32, ELEMENTS_ALIGN, f32_decoder};
 pub use file::{SourceFile, SourceFiles};
 pub use header::{Entry, Header, MAX_HEADER_BYTES};
+pub use importance::{ImportanceEntry, ImportanceFile};
 pub(crate) use index::is_adapter;
 pub use index::{INDEX_SUFFIX, Index, find_index_file};
 pub use window::Window;

@@ -11,7 +11,7 @@ use super::{Content, View};
 pub struct Identity {
     /// The version of this crate.
     pub version: String,
-    /// What was requested, in words of this version.
+    /// What was requested, in words of this version, and a digest of what input features count for.
     pub recipe: String,
     /// A digest of the names, lengths and times of the source's files.
     pub source: String,

@@ -7,6 +7,7 @@ mod ahead;
 mod buffers;
 mod cache;
 mod identity;
+mod importance;
 mod index;
 mod model;
 mod portions;
@@ -169,11 +170,18 @@ impl View {
     ///
     /// # Errors
     /// Whatever is wrong with the model or the request, with file and tensor named; see
-    /// [`crate::source::Checkpoint::open`] and [`format::find`].
+    /// [`crate::source::Checkpoint::open`], [`format::find`] and
+    /// [`crate::source::ImportanceFile::open`].
     pub fn open(path: &Path, request: &Request, budget: Budget) -> Result<Self> {
         let format = format::find(&request.format)?;
-        let mut walk = walk::Walk::new(format, request);
+        let mut walk = walk::Walk::new(format, request)?;
         let root = walk.run(path)?;
+        let importance = walk.importance_digest()?;
+        // By its content: what a file is called, and where, changes no byte.
+        let mut recipe = format!("{:?}", Request { importance: None, ..request.clone() });
+        if let Some(digest) = importance {
+            recipe.push_str(&format!(", importance {digest:016x}"));
+        }
         let walk::Walk { tree, contents, models, hidden, warnings, .. } = walk;
         let engine = Engine {
             files: SourceFiles::new(OPEN_FILES),
@@ -190,7 +198,7 @@ impl View {
             contents,
             hidden,
             warnings,
-            recipe: format!("{request:?}"),
+            recipe,
             shared: Arc::new(Shared { models, engine }),
             streams: Streams::default(),
             workers: OnceLock::new(),

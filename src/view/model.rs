@@ -2,11 +2,13 @@
 
 use std::hash::Hasher;
 use std::ops::Range;
+use std::sync::Arc;
 
 use rustix::time::ClockId;
 
 use super::buffers::{Buffer, Buffers};
 use super::cache::{Cache, ChunkKey};
+use super::importance::Importances;
 use super::index::{self, VirtualIndex};
 use super::shard::{self, Piece, VirtualShard};
 use super::spoilt::Spoilt;
@@ -17,7 +19,7 @@ use crate::format::{Content, Format, Item, Plan, Weight, json_with};
 use crate::quant::{Grid, Isa, Reals, Survey, Tile};
 use crate::recipe::Request;
 use crate::source::{
-    Checkpoint, Edit, SourceFiles, Tensor, TensorId, Window, edited, edited_within,
+    Checkpoint, Edit, ImportanceFile, SourceFiles, Tensor, TensorId, Window, edited, edited_within,
 };
 use crate::threads::{self, cpu_ns};
 
@@ -30,6 +32,7 @@ pub struct Model {
     shards: Vec<VirtualShard>,
     index: Option<VirtualIndex>,
     surveys: Surveys,
+    importance: Option<Importances>,
     /// What `Model`'s weights count from in the view's cache.
     first_weight: u32,
 }
@@ -51,6 +54,7 @@ impl Model {
         checkpoint: Checkpoint,
         format: &'static dyn Format,
         request: &Request,
+        importance: Option<&Arc<ImportanceFile>>,
         first_weight: u32,
     ) -> Result<Self> {
         let config = checkpoint.config().map(|config| &config.value);
@@ -58,7 +62,11 @@ impl Model {
         plan.decode_kept(checkpoint.catalog());
         let surveys = Surveys::new(plan.surveys.len());
         let (shards, index) = (Vec::new(), None);
-        let mut model = Self { checkpoint, format, plan, shards, index, surveys, first_weight };
+        let importance = importance
+            .map(|file| Importances::new(file.clone(), checkpoint.catalog(), &plan))
+            .transpose()?;
+        let mut model =
+            Self { checkpoint, format, plan, shards, index, surveys, importance, first_weight };
         // Where nothing is encoded or decoded, every file is the source's own.
         if !model.plan.weights.is_empty() || model.checkpoint.is_decoded() {
             model.lay_out();
@@ -105,6 +113,11 @@ impl Model {
     /// What every tensor becomes.
     pub fn plan(&self) -> &Plan {
         &self.plan
+    }
+
+    /// What the errors of its weights count for, if a file was named that says it.
+    pub(super) fn importance(&self) -> Option<&Importances> {
+        self.importance.as_ref()
     }
 
     /// Bytes of all tensors as they are shown, without headers.
@@ -340,8 +353,17 @@ impl Model {
         let survey = self.survey(engine, weight)?;
         let key = self.key(weight, chunk);
         let grid = self.grid(weight, engine.budget.chunk);
-        let weight = self.plan.weights[weight];
+        let position = weight;
+        let weight = self.plan.weights[position];
         let tensor = &self.checkpoint.catalog()[weight.tensor];
+        let mut numbers = Vec::new();
+        let importance = match &self.importance {
+            None => None,
+            Some(importances) => {
+                let weight = (position, &weight, tensor);
+                importances.of_window(&engine.files, weight, &grid.window(chunk), &mut numbers)?
+            }
+        };
         let mut parts = weight.parts(tensor);
         let mut buffers: Vec<Buffer> = (0..parts.len())
             .map(|part| grid.range(part, chunk))
@@ -350,7 +372,8 @@ impl Model {
         self.with_tile(engine, weight.tensor, &grid, chunk, |tile| {
             let mut out: Vec<&mut [u8]> =
                 buffers.iter_mut().map(|buffer| &mut buffer[..]).collect();
-            weight.encode(engine.isa, tile, &survey, &mut out);
+            let tile = Tile { importance, ..*tile };
+            weight.encode(engine.isa, &tile, &survey, &mut out);
         })?;
         let scalar = weight.scheme.scalar_bytes(tensor.dtype, &survey);
         parts.extend(weight.scheme.scalar(tensor.dtype));
@@ -427,7 +450,8 @@ impl Model {
         let begun = cpu_ns(ClockId::ThreadCPUTime);
         let made = self.checkpoint.with_window(&engine.files, tensor, window, |bytes, stride| {
             let data = Reals::new(dtype, bytes).expect("the scheme accepted the type");
-            f(&Tile { data, rows: place.rows as usize, cols: place.cols as usize, stride })
+            let (rows, cols) = (place.rows as usize, place.cols as usize);
+            f(&Tile { data, rows, cols, stride, importance: None })
         });
         engine.counters.encode_ns.add(cpu_ns(ClockId::ThreadCPUTime) - begun);
         made

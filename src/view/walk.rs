@@ -5,18 +5,21 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use super::importance::Importances;
 use super::model::Model;
 use super::tree::{NodeId, NodeKind, ROOT, Tree};
 use super::{Content, Hidden};
 use crate::error::{self, Error, Result};
 use crate::format::{self, Format};
+use crate::quant::Quality;
 use crate::recipe::Request;
-use crate::source::{Checkpoint, SourceFile, find_index_file, is_adapter};
+use crate::source::{Checkpoint, ImportanceFile, SourceFile, find_index_file, is_adapter};
 
 /// What is found on the way.
 pub(super) struct Walk<'a> {
     format: &'static dyn Format,
     request: &'a Request,
+    importance: Option<Arc<ImportanceFile>>,
     pub(super) tree: Tree,
     pub(super) contents: Vec<Content>,
     pub(super) models: Vec<Model>,
@@ -26,16 +29,50 @@ pub(super) struct Walk<'a> {
 }
 
 impl<'a> Walk<'a> {
-    pub(super) fn new(format: &'static dyn Format, request: &'a Request) -> Self {
-        Self {
+    pub(super) fn new(format: &'static dyn Format, request: &'a Request) -> Result<Self> {
+        if request.importance.is_some() && request.quality == Quality::Reference {
+            return Err(error::invalid(
+                "--importance has no effect at --quality reference, which searches nothing",
+            ));
+        }
+        let importance = request.importance.as_deref().map(ImportanceFile::open).transpose()?;
+        Ok(Self {
             format,
             request,
+            importance: importance.map(Arc::new),
             tree: Tree::new(SystemTime::UNIX_EPOCH),
             contents: vec![Content::Dir],
             models: Vec::new(),
             hidden: Vec::new(),
             warnings: Vec::new(),
             weights: 0,
+        })
+    }
+
+    /// What tells the importance that was found for one of the models from another; `None` where none
+    /// was asked for.
+    ///
+    /// # Errors
+    /// `Invalid` where it has no effect on any model, or on more than one.
+    pub(super) fn importance_digest(&self) -> Result<Option<u64>> {
+        let Some(file) = &self.importance else { return Ok(None) };
+        let refuse = |what: String| Err(error::invalid(format!("--importance: {what}")));
+        let all = || self.models.iter().filter_map(Model::importance);
+        if all().all(|importances| importances.searched == 0) {
+            return refuse(format!("{} searches nothing here", self.request.format));
+        }
+        let mut covered = all().filter(|importances| importances.covered > 0);
+        match (covered.next(), covered.next()) {
+            (Some(importances), None) => Ok(Some(importances.digest)),
+            (Some(_), Some(_)) => refuse(format!(
+                "{} has names of weights of several models: mount them one by one",
+                file.name()
+            )),
+            _ => refuse(format!(
+                "{} has the importance of no weight that is quantized: it has that of `{}`",
+                file.name(),
+                file.first_name().unwrap_or_default()
+            )),
         }
     }
 
@@ -165,13 +202,19 @@ impl<'a> Walk<'a> {
         if !diffusers {
             checkpoint.refuse_unknown_codes().map_err(place)?;
         }
-        let model = Model::new(checkpoint, format, &request, self.weights).map_err(place)?;
+        let importance = self.importance.as_ref();
+        let model = Model::new(checkpoint, format, &request, importance, self.weights);
+        let model = model.map_err(place)?;
         let prefix = match below.as_os_str().is_empty() {
             true => String::new(),
             false => format!("{}: ", below.display()),
         };
         let assignment = &model.plan().assignment;
         self.warnings.extend(assignment.warnings().iter().map(|line| format!("{prefix}{line}")));
+        let importances = model.importance();
+        self.warnings.extend(
+            importances.and_then(Importances::warning).map(|line| format!("{prefix}{line}")),
+        );
         if diffusers && !plain && self.format.name() != "dense" {
             self.warnings.push(format!(
                 "{prefix}shown as it is: diffusers components do not read {}",

@@ -2,8 +2,10 @@
 
 use super::*;
 
+const QUALITIES: [Quality; 3] = [Quality::Reference, Quality::Search, Quality::Best];
+
 /// One scheme of each kind that takes a matrix, or more where kinds have kinds.
-fn schemes(quality: Quality) -> Vec<Scheme> {
+pub(super) fn schemes(quality: Quality) -> Vec<Scheme> {
     let mut schemes = examples(quality, 32);
     schemes.retain(|scheme| scheme.accepts(Dtype::BF16, &[64, 96]).is_ok());
     schemes
@@ -33,8 +35,11 @@ fn a_cast_rounds_each_element_to_nearest() {
 #[test]
 fn a_weight_shown_decoded_is_what_its_parts_decode_to() {
     let integers = all_schemes(Quality::Search).into_iter().map(Scheme::Int);
-    let schemes: Vec<Scheme> =
-        integers.chain(schemes(Quality::Reference)).chain(schemes(Quality::Search)).collect();
+    let schemes: Vec<Scheme> = integers
+        .chain(schemes(Quality::Reference))
+        .chain(schemes(Quality::Search))
+        .chain(schemes(Quality::Best))
+        .collect();
     for f in FLOATS {
         let bytes = stored(f, &weight(f, 75, 96, 32));
         let data = Reals::new(f.dtype, &bytes).expect("a float type");
@@ -80,7 +85,7 @@ fn chunks_make_the_bytes_of_the_whole_on_every_cpu() {
     for f in FLOATS {
         let bytes = stored(f, &weight(f, 75, 96, 32));
         let data = Reals::new(f.dtype, &bytes).expect("a float type");
-        for scheme in schemes(Quality::Reference).into_iter().chain(schemes(Quality::Search)) {
+        for scheme in QUALITIES.into_iter().flat_map(schemes) {
             let shape = shape_for(scheme);
             let whole = encode(scheme, Isa::detect(), data, shape, u64::MAX);
             for isa in Isa::available() {
@@ -107,7 +112,7 @@ fn nan_and_infinity_are_not_mistaken_for_weights_and_spoil_no_other_block() {
     // The first and last 32 rows share no block with the middle, nor do the last 32 columns.
     let (rows, cols, row, col) = (96, 192, 40, 70);
     for f in FLOATS {
-        for scheme in schemes(Quality::Reference).into_iter().chain(schemes(Quality::Search)) {
+        for scheme in QUALITIES.into_iter().flat_map(schemes) {
             for odd in [f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
                 let mut random = Random(1);
                 let mut weight: Vec<f32> =

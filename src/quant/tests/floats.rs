@@ -251,7 +251,8 @@ fn fp8_codes_are_as_defined() {
                 (Fp8Grain::Block(16), (35, 50)),
                 (Fp8Grain::Block(128), (130, 140)),
             ] {
-                let scheme = Fp8Scheme { grain, scale, whole_blocks: false };
+                let quality = Quality::Search;
+                let scheme = Fp8Scheme { grain, scale, whole_blocks: false, quality };
                 let weight = weight(f, shape.0, shape.1, shape.1);
                 let defined = naive_fp8(f, scheme, shape, &weight);
                 check(f, Scheme::Fp8(scheme), shape, &weight, &defined);
@@ -265,8 +266,12 @@ fn fp8_codes_are_as_defined() {
 fn every_bf16_quotient_has_its_nearest_fp8_code() {
     let f = FLOATS[0];
     let value = |pattern: u32| f32::from_bits(pattern << 16);
-    let scheme =
-        Fp8Scheme { grain: Fp8Grain::Channel, scale: Fp8Scale::Source, whole_blocks: false };
+    let scheme = Fp8Scheme {
+        grain: Fp8Grain::Channel,
+        scale: Fp8Scale::Source,
+        whole_blocks: false,
+        quality: Quality::Search,
+    };
     for largest in (0x3d00..0x3d80).step_by(5) {
         let smallest = largest - 20 * 128;
         let row: Vec<f32> = (smallest..=largest).flat_map(|x| [value(x), -value(x)]).collect();
@@ -279,7 +284,8 @@ fn every_bf16_quotient_has_its_nearest_fp8_code() {
 fn what_is_not_in_whole_blocks_is_refused_where_upstream_keeps_it() {
     let scheme = |whole_blocks| {
         let (grain, scale) = (Fp8Grain::Block(128), Fp8Scale::Inverse);
-        Scheme::Fp8(Fp8Scheme { grain, scale, whole_blocks })
+        let quality = Quality::Search;
+        Scheme::Fp8(Fp8Scheme { grain, scale, whole_blocks, quality })
     };
     let complaint = "shape [256, 200] is not in whole blocks of 128 x 128".to_owned();
     assert_eq!(scheme(true).accepts(Dtype::BF16, &[256, 200]), Err(complaint));

@@ -144,7 +144,7 @@ fn a_band_of_rows_is_encoded_and_decoded_as_a_weight_of_its_own() {
             let mut out: Vec<&mut [u8]> = parts.iter_mut().map(|part| &mut part[..]).collect();
             scheme.encode(
                 Isa::detect(),
-                &Tile { data, rows, cols, stride: cols },
+                &Tile { data, rows, cols, stride: cols, importance: None },
                 &Survey::default(),
                 &mut out,
             );
