@@ -14,7 +14,6 @@ mod experts;
 mod fp8;
 mod grid;
 mod int;
-mod isa;
 mod lanes;
 mod llm_int8;
 mod micro;
@@ -32,6 +31,7 @@ mod tile;
 mod transposed;
 
 use crate::dtype::{Dtype, byte_len};
+use crate::isa;
 
 pub use affine::AffineScheme;
 pub use cast::CastScheme;

@@ -24,6 +24,8 @@ pub(super) type Parts = Arc<[Arc<Buffer>]>;
 #[derive(Debug)]
 pub(super) struct Cache {
     state: Mutex<State>,
+    /// Bytes that others have taken of the budget.
+    others: Arc<AtomicU64>,
     hits: AtomicU64,
     misses: AtomicU64,
 }
@@ -57,8 +59,9 @@ enum Landing {
 }
 
 impl Cache {
-    /// Keeps at most `budget` bytes: an eighth for scales and other small parts, the rest for codes.
-    pub(super) fn new(budget: u64) -> Self {
+    /// Keeps at most `budget` bytes: an eighth for scales and other small parts, the rest for codes,
+    /// less what `others` say that they have taken, up to half of it.
+    pub(super) fn new(budget: u64, others: Arc<AtomicU64>) -> Self {
         let kept = |budget| Kept { parts: LruCache::unbounded(), bytes: 0, budget };
         let small = budget / 8;
         Self {
@@ -66,6 +69,7 @@ impl Cache {
                 kept: [kept(budget - small), kept(small)],
                 making: HashMap::new(),
             }),
+            others,
             hits: AtomicU64::new(0),
             misses: AtomicU64::new(0),
         }
@@ -145,10 +149,13 @@ impl Cache {
             fn drop(&mut self) {
                 let Self(cache, key, parts) = self;
                 let mut evicted = Vec::new();
+                let taken = cache.others.load(Ordering::Relaxed);
                 let flight = {
                     let mut state = cache.state.lock();
                     for (part, buffer) in parts.iter().flat_map(|parts| parts.iter().enumerate()) {
-                        state.kept[class(part)].push((*key, part), buffer.clone(), &mut evicted);
+                        let class = class(part);
+                        let taken = if class == 0 { taken } else { 0 };
+                        state.kept[class].push((*key, part), buffer.clone(), taken, &mut evicted);
                     }
                     state.making.remove(key)
                 };
@@ -174,6 +181,7 @@ impl Kept {
         &mut self,
         key: (ChunkKey, usize),
         buffer: Arc<Buffer>,
+        taken: u64,
         evicted: &mut Vec<Arc<Buffer>>,
     ) {
         self.bytes += buffer.len() as u64;
@@ -181,7 +189,8 @@ impl Kept {
             self.bytes -= old.len() as u64;
             evicted.push(old);
         }
-        while self.bytes > self.budget {
+        let budget = self.budget - taken.min(self.budget / 2);
+        while self.bytes > budget {
             let (_, old) = self.parts.pop_lru().expect("bytes are those of the parts kept");
             self.bytes -= old.len() as u64;
             evicted.push(old);
@@ -208,7 +217,7 @@ mod tests {
 
     #[test]
     fn many_threads_make_a_chunk_once_and_all_get_it() {
-        let cache = Cache::new(0);
+        let cache = Cache::new(0, Arc::default());
         let made = AtomicUsize::new(0);
         thread::scope(|scope| {
             for _ in 0..8 {
@@ -228,7 +237,7 @@ mod tests {
 
     #[test]
     fn a_failure_or_panic_reaches_its_maker_and_frees_the_others() {
-        let cache = Cache::new(1000);
+        let cache = Cache::new(1000, Arc::default());
         let turn = AtomicUsize::new(0);
         thread::scope(|scope| {
             let callers: Vec<_> = (0..3)
@@ -255,7 +264,7 @@ mod tests {
 
     #[test]
     fn codes_are_evicted_before_scales_and_the_budget_holds() {
-        let cache = Cache::new(240);
+        let cache = Cache::new(240, Arc::default());
         for chunk in 0..3 {
             cache.get((0, chunk), 0, || Ok(parts(chunk as u8))).expect("made");
         }
@@ -271,8 +280,27 @@ mod tests {
     }
 
     #[test]
+    fn what_others_take_is_not_kept_but_half_is() {
+        let others = Arc::new(AtomicU64::new(0));
+        let cache = Cache::new(800, others.clone());
+        let fill = || {
+            for chunk in 0..10 {
+                cache.get((0, chunk), 0, || Ok(parts(0))).expect("made");
+            }
+            cache.usage().0
+        };
+        // Ten of 70 bytes of codes in 700, ten of 10 bytes of scales in 100.
+        assert_eq!(fill(), 800);
+        for (taken, left) in [(200, 490), (1000, 350)] {
+            others.store(taken, Ordering::Relaxed);
+            cache.get((1, taken as u32), 0, || Ok(parts(0))).expect("made");
+            assert_eq!(cache.usage().0 - 100, left);
+        }
+    }
+
+    #[test]
     fn what_is_prepared_is_not_made_again() {
-        let cache = Cache::new(1000);
+        let cache = Cache::new(1000, Arc::default());
         cache.prepare((0, 0), || Ok(parts(1))).expect("made");
         cache.prepare((0, 0), || panic!("made twice")).expect("kept");
         assert_eq!(cache.get((0, 0), 0, || panic!("made twice")).expect("kept")[0], 1);

@@ -45,7 +45,8 @@ const OPEN_FILES: NonZeroUsize = NonZeroUsize::new(64).expect("64 is not zero");
 /// Memory knobs; they never change a byte.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Budget {
-    /// Bytes of encoded chunks that are kept.
+    /// Bytes of encoded chunks that are kept, with those of the memory that a quantized source is
+    /// decoded in.
     pub cache: u64,
     /// Source bytes that one chunk is encoded from, at least one unit of its scheme.
     pub chunk: u64,
@@ -167,15 +168,25 @@ impl View {
     /// Whatever is wrong with the model or the request, with file and tensor named; see
     /// [`crate::source::Checkpoint::open`] and [`format::find`].
     pub fn open(path: &Path, request: &Request, budget: Budget) -> Result<Self> {
+        Self::open_on(Isa::detect(), path, request, budget)
+    }
+
+    /// As [`open`](Self::open), with the instruction set that encoders and decoders use. It never
+    /// changes a byte.
+    ///
+    /// # Errors
+    /// As those of [`open`](Self::open).
+    pub fn open_on(isa: Isa, path: &Path, request: &Request, budget: Budget) -> Result<Self> {
         let format = format::find(&request.format)?;
         let mut walk = walk::Walk::new(format, request);
         let root = walk.run(path)?;
         let walk::Walk { tree, contents, models, hidden, warnings, .. } = walk;
+        let files = SourceFiles::new(OPEN_FILES);
         let engine = Engine {
-            files: SourceFiles::new(OPEN_FILES),
-            cache: Cache::new(budget.cache),
+            cache: Cache::new(budget.cache, files.scratch_bytes()),
+            files,
             buffers: Buffers::default(),
-            isa: Isa::detect(),
+            isa,
             budget,
             counters: Counters::default(),
             spoilt: Spoilt::default(),

@@ -405,7 +405,7 @@ impl Model {
             cols: place.cols,
         };
         engine.counters.source.add(self.checkpoint.window_len(tensor, &window));
-        self.checkpoint.with_window(&engine.files, tensor, window, |bytes, stride| {
+        self.checkpoint.with_window(engine.isa, &engine.files, tensor, window, |bytes, stride| {
             let data = Reals::new(dtype, bytes).expect("the scheme accepted the type");
             f(&Tile { data, rows: place.rows as usize, cols: place.cols as usize, stride })
         })
