@@ -136,7 +136,7 @@ pub(super) type Part<'a> = (&'a Arc<SourceFile>, u64, u64);
 const SCRATCH: usize = 4;
 
 /// Bytes of a range that is long: more than any band of a few rows.
-const LONG: usize = 8 << 20;
+const LONG: usize = 4 << 20;
 
 #[derive(Debug)]
 struct OpenFile {

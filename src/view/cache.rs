@@ -29,8 +29,6 @@ const SPENT: u64 = 16 << 20;
 #[derive(Debug)]
 pub(super) struct Cache {
     state: Mutex<State>,
-    /// Bytes that others have taken of the budget.
-    others: Arc<AtomicU64>,
     hits: AtomicU64,
     misses: AtomicU64,
 }
@@ -50,6 +48,8 @@ struct Kept {
     parts: LruCache<(ChunkKey, usize), Arc<Buffer>>,
     bytes: u64,
     budget: u64,
+    /// Bytes that others have taken of it.
+    others: Arc<AtomicU64>,
 }
 
 /// A chunk that some thread is encoding.
@@ -70,16 +70,15 @@ impl Cache {
     /// Keeps at most `budget` bytes: an eighth for scales and other small parts, the rest for codes,
     /// less what `others` say that they have taken, up to half of it.
     pub(super) fn new(budget: u64, others: Arc<AtomicU64>) -> Self {
-        let kept = |budget| Kept { parts: LruCache::unbounded(), bytes: 0, budget };
+        let kept = |budget, others| Kept { parts: LruCache::unbounded(), bytes: 0, budget, others };
         let small = budget / 8;
         Self {
             state: Mutex::new(State {
-                kept: [kept(budget - small), kept(small)],
+                kept: [kept(budget - small, others), kept(small, Arc::default())],
                 spent: VecDeque::new(),
                 spent_bytes: 0,
                 making: HashMap::new(),
             }),
-            others,
             hits: AtomicU64::new(0),
             misses: AtomicU64::new(0),
         }
@@ -179,13 +178,10 @@ impl Cache {
             fn drop(&mut self) {
                 let Self(cache, key, parts) = self;
                 let mut evicted = Vec::new();
-                let taken = cache.others.load(Ordering::Relaxed);
                 let flight = {
                     let mut state = cache.state.lock();
                     for (part, buffer) in parts.iter().flat_map(|parts| parts.iter().enumerate()) {
-                        let class = class(part);
-                        let taken = if class == 0 { taken } else { 0 };
-                        state.kept[class].push((*key, part), buffer.clone(), taken, &mut evicted);
+                        state.kept[class(part)].push((*key, part), buffer.clone(), &mut evicted);
                     }
                     state.making.remove(key)
                 };
@@ -211,7 +207,6 @@ impl Kept {
         &mut self,
         key: (ChunkKey, usize),
         buffer: Arc<Buffer>,
-        taken: u64,
         evicted: &mut Vec<Arc<Buffer>>,
     ) {
         self.bytes += buffer.len() as u64;
@@ -219,6 +214,7 @@ impl Kept {
             self.bytes -= old.len() as u64;
             evicted.push(old);
         }
+        let taken = self.others.load(Ordering::Relaxed);
         let budget = self.budget - taken.min(self.budget / 2);
         while self.bytes > budget {
             let (_, old) = self.parts.pop_lru().expect("bytes are those of the parts kept");
