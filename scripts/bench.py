@@ -102,9 +102,8 @@ class PeakRssAnon(threading.Thread):
                     self.peak = max(self.peak, int(line.split()[1]) << 10)
 
 
-def deepseek_tensors(experts=512, width=1024):
-    """Names and shapes of DeepSeek-V3 with its next-token layer. Twice its experts at half their
-    width make as many tensors in BF16 as the original has in FP8 with scales, of the same size."""
+def deepseek_tensors(experts, width):
+    """Names and shapes of DeepSeek-V3 with its next-token layer, which has 256 experts of width 2048."""
     hidden, dense_width = 7168, 18432
 
     def feed_forward(module, width):
@@ -144,21 +143,34 @@ def deepseek_tensors(experts=512, width=1024):
     yield "lm_head.weight", [129280, hidden]
 
 
-def sparse_model(directory, shard_count=163):
+def stored_tensors(fp8):
+    """What such a model stores, as names, types, shapes and bytes: FP8 with scales as the original,
+    or BF16, where twice its experts at half their width make as many tensors of the same size."""
+    kept = ("embed_tokens.weight", "norm.weight", "head.weight", "mlp.gate.weight", "_bias")
+    for name, shape in deepseek_tensors(256, 2048) if fp8 else deepseek_tensors(512, 1024):
+        if not fp8 or len(shape) == 1 or name.endswith(kept):
+            yield name, "BF16", shape, 2 * math.prod(shape)
+        else:
+            scales = [-(-size // 128) for size in shape]
+            yield name, "F8_E4M3", shape, math.prod(shape)
+            yield f"{name}_scale_inv", "F32", scales, 4 * math.prod(scales)
+
+
+def sparse_model(directory, fp8, shard_count=163):
     """Headers of such a model over holes, which take no room; the number of its tensors."""
-    tensors = [(name, shape, 2 * math.prod(shape)) for name, shape in deepseek_tensors()]
+    tensors = list(stored_tensors(fp8))
     total = sum(size for *_, size in tensors)
     per_shard = [[] for _ in range(shard_count)]
     at = 0
     for tensor in tensors:
         per_shard[at * shard_count // total].append(tensor)
-        at += tensor[2]
+        at += tensor[3]
     weight_map = {}
     for s, tensors_here in enumerate(per_shard):
         shard = f"model-{s + 1:05}-of-{shard_count:06}.safetensors"
         header, offset = {"__metadata__": {"format": "pt"}}, 0
-        for name, shape, size in tensors_here:
-            header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [offset, offset + size]}
+        for name, dtype, shape, size in tensors_here:
+            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + size]}
             weight_map[name] = shard
             offset += size
         text = json.dumps(header, separators=(",", ":")).encode()
@@ -174,6 +186,8 @@ def sparse_model(directory, shard_count=163):
         "tie_word_embeddings": False,
         "vocab_size": 129280,
     }
+    if fp8:
+        config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     (directory / "config.json").write_text(json.dumps(config, indent=2))
     return len(tensors), total
 
@@ -186,10 +200,17 @@ def memory_of(pid):
 
 
 def measure_mount(work, options):
+    for fp8 in (False, True):
+        yield from measure_mount_of(work, options, fp8)
+
+
+def measure_mount_of(work, options, fp8):
     model = work / "sparse"
     model.mkdir()
-    tensors, total = sparse_model(model)
-    seconds, mounted, read, floor = [], [], [], []
+    tensors, total = sparse_model(model, fp8)
+    seconds, floor = [], []
+    stages = {"then": [], "once the index and all headers are read": [], "and 2 MiB of every shard": []}
+    mounted, headers, weights = stages.values()
     for _ in range(options.rounds):
         # What is read ahead beyond the headers is encoded too, and not what is measured here.
         with Mount(model, "--cache-size", "1M") as mount:
@@ -198,13 +219,18 @@ def measure_mount(work, options):
             (mount.point / "config.json").read_bytes()
             seconds.append(mount.seconds + time.perf_counter() - started)
             pid = mount.status()["pid"]
+            peak = PeakRssAnon(pid)
+            peak.start()
             mounted.append(memory_of(pid))
             (mount.point / "model.safetensors.index.json").read_bytes()
-            for path in shards(mount.point):
-                with open(path, "rb") as file:
-                    (length,) = struct.unpack("<Q", file.read(8))
-                    file.read(length)
-            read.append(memory_of(pid))
+            for rest, stage in ((0, headers), (2 << 20, weights)):
+                for path in shards(mount.point):
+                    with open(path, "rb") as file:
+                        (length,) = struct.unpack("<Q", file.read(8))
+                        file.read(length + rest)
+                stage.append((peak.peak / (1 << 20), memory_of(pid)[1]))
+            peak.stop.set()
+            peak.join()
         started = time.perf_counter()
         for path in shards(model):
             with open(path, "rb") as file:
@@ -212,15 +238,16 @@ def measure_mount(work, options):
                 json.loads(file.read(length))
         floor.append(time.perf_counter() - started)
     shutil.rmtree(model)
-    what = f"163 shards, {tensors:,} tensors, {total / 1e12:.2f} TB"
+    what = f"163 shards, {tensors:,} tensors, {total / 1e12:.2f} TB{' of FP8' if fp8 else ''}"
     yield (
         f"mount, `ls -l` and `cat config.json`, {what}",
         f"{statistics.median(seconds):.3f} s (best {min(seconds):.3f})",
         f"{statistics.median(floor):.3f} s for Python's json on the same headers",
     )
-    for when, figures in (("then", mounted), ("once the index and all headers are read", read)):
+    for when, figures in stages.items():
         peak, private = (max(column) for column in zip(*figures))
-        yield (f"memory {when}", f"{peak:.0f} MiB at most", f"{private:.0f} MiB of it private now")
+        kind = "VmHWM" if figures is mounted else "RssAnon"
+        yield (f"memory {when}", f"{peak:.0f} MiB at most ({kind})", f"{private:.0f} MiB private now")
 
 
 def measure_read(work, options):

@@ -12,6 +12,7 @@ pub use stream::{Piece, Progress, StreamingQuantizer};
 
 use crate::dtype::Dtype;
 use crate::error::{self, Result};
+use crate::isa::Isa;
 use crate::modality::{self, DetectedModality};
 use crate::source::{
     Checkpoint, ELEMENTS_ALIGN, SourceFile, SourceFiles, TensorId, Window, f32_decoder,
@@ -230,6 +231,7 @@ impl Shared {
             .and_then(|elements| out.try_reserve_exact(elements).ok())
             .ok_or_else(|| refuse(&format!("{elements} values don't fit in memory")))?;
         let bits = tensor.dtype.bitsize() as u64;
+        let isa = Isa::detect();
         for first in (0..elements).step_by((PIECE * 8 / bits) as usize) {
             if !go_on() {
                 break;
@@ -237,7 +239,7 @@ impl Shared {
             let cols = (PIECE * 8 / bits).min(elements - first);
             let window = Window { width: elements, first_row: 0, rows: 1, first_col: first, cols };
             self.checkpoint
-                .with_window(&self.files, id, window, |bytes, _| decode(bytes, &mut out))
+                .with_window(isa, &self.files, id, window, |bytes, _| decode(bytes, &mut out))
                 .map_err(|error| error.within(format_args!("`{}`", tensor.name)))?;
         }
         Ok(out)

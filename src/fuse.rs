@@ -1,6 +1,5 @@
 //! Kernel requests to view calls; decides nothing.
 
-use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
 use std::ffi::OsStr;
 use std::io;
@@ -78,6 +77,7 @@ impl Session {
             owner,
             null,
             reads: Reads::new(readers),
+            buffers: Mutex::default(),
             counters: counters.clone(),
             logged: Mutex::new(HashMap::new()),
         };
@@ -112,14 +112,12 @@ struct Kernel {
     /// Whether reads get zeros.
     null: bool,
     reads: Reads,
+    /// What reads are answered from, each of the size of the largest that it was used for; as many as
+    /// ever ran at the same time.
+    buffers: Mutex<Vec<Vec<u8>>>,
     counters: Arc<Counters>,
     /// When the errors of a file were last logged, and how many were not since.
     logged: Mutex<HashMap<NodeId, (Instant, u64)>>,
-}
-
-thread_local! {
-    /// What this thread reads into; it keeps the size of the largest read.
-    static BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
 }
 
 impl Kernel {
@@ -184,29 +182,29 @@ impl Kernel {
     /// Reads and replies, with every byte that was asked for and the file has, or with an error.
     fn serve(&self, read: Read) {
         let Read { file, offset, len, reply } = read;
-        BUFFER.with_borrow_mut(|buffer| {
-            if buffer.len() < len {
-                buffer.resize(len, 0);
+        let mut buffer = self.buffers.lock().pop().unwrap_or_default();
+        if buffer.len() < len {
+            buffer.resize(len, 0);
+        }
+        let into = &mut buffer[..len];
+        // A panic here would end the thread, and soon the mount. The view's locks don't poison and
+        // its caches publish nothing that isn't whole.
+        let read = || match self.null {
+            true => Ok(self.due(file, offset, len)),
+            false => self.view.read_at(file, offset, into),
+        };
+        let outcome = catch_unwind(AssertUnwindSafe(read))
+            .unwrap_or_else(|_| Err(Error::new(ErrorKind::Io, "the read panicked")));
+        self.counters.reads.fetch_add(1, Ordering::Relaxed);
+        match outcome.and_then(|read| self.whole(file, offset, len, read)) {
+            Ok(read) => reply.data(&buffer[..read]),
+            Err(error) => {
+                self.counters.errors.fetch_add(1, Ordering::Relaxed);
+                self.log(file, &error);
+                reply.error(errno(error.kind()));
             }
-            let buffer = &mut buffer[..len];
-            // A panic here would end the thread, and soon the mount. The view's locks don't poison
-            // and its caches publish nothing that isn't whole.
-            let read = || match self.null {
-                true => Ok(self.due(file, offset, len)),
-                false => self.view.read_at(file, offset, buffer),
-            };
-            let outcome = catch_unwind(AssertUnwindSafe(read))
-                .unwrap_or_else(|_| Err(Error::new(ErrorKind::Io, "the read panicked")));
-            self.counters.reads.fetch_add(1, Ordering::Relaxed);
-            match outcome.and_then(|read| self.whole(file, offset, len, read)) {
-                Ok(read) => reply.data(&buffer[..read]),
-                Err(error) => {
-                    self.counters.errors.fetch_add(1, Ordering::Relaxed);
-                    self.log(file, &error);
-                    reply.error(errno(error.kind()));
-                }
-            }
-        });
+        }
+        self.buffers.lock().push(buffer);
         for line in self.view.news() {
             tracing::warn!("{line}");
         }

@@ -6,8 +6,8 @@
 //!
 //! The modules, in reading order:
 //!
-//! - [`dtype`], [`error`], `threads`: element types as safetensors spells them; the one error type;
-//!   work spread over the cores.
+//! - [`dtype`], [`error`], `isa`, `threads`: element types as safetensors spells them; the one error
+//!   type; the CPU's instruction sets; work spread over the cores.
 //! - [`source`]: the checkpoint being viewed, its headers, catalog and bytes.
 //! - [`quant`]: numerics, reals to codes; pure functions on slices.
 //! - [`recipe`]: which module is quantized how, and why.
@@ -29,6 +29,7 @@ pub mod error;
 pub mod export;
 pub mod format;
 pub mod fuse;
+mod isa;
 pub mod loader;
 pub mod memory;
 pub mod modality;

@@ -8,22 +8,23 @@ use std::path::{Path, PathBuf};
 const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("dtype", &[]),
     ("error", &[]),
+    ("isa", &[]),
     ("memory", &[]),
     ("modality", &[]),
     ("threads", &[]),
-    ("quant", &["dtype"]),
-    ("source", &["dtype", "error", "threads"]),
+    ("quant", &["dtype", "isa"]),
+    ("source", &["dtype", "error", "isa", "threads"]),
     ("recipe", &["dtype", "error", "quant", "source", "threads"]),
     ("format", &["dtype", "error", "quant", "recipe", "source", "threads"]),
     ("view", &["dtype", "error", "format", "quant", "recipe", "source", "threads"]),
     ("export", &["error", "view"]),
     ("loader", &["error", "format", "quant", "recipe", "view"]),
-    ("adapter", &["dtype", "error", "modality", "recipe", "source", "view"]),
+    ("adapter", &["dtype", "error", "isa", "modality", "recipe", "source", "view"]),
     ("fuse", &["error", "view"]),
 ];
 
 /// The only files that may hold `unsafe`.
-const UNSAFE: &[&str] = &["cli/bench.rs", "quant/isa.rs", "source/file.rs", "source/guard.rs"];
+const UNSAFE: &[&str] = &["cli/bench.rs", "isa.rs", "source/file.rs", "source/guard.rs"];
 
 /// Crates that only some files may name.
 const ADDRESSES: &[(&str, &[&str])] = &[("fuser", &["fuse.rs"]), ("clap", &["cli/", "main.rs"])];

@@ -305,13 +305,23 @@ impl CodebookScheme {
         for_element!(tile.data.dtype(), E => isa.run(Encode::<E> {
             scheme: self,
             source: &E::split(tile.data.bytes())[..weights],
-            refining: (self.quality == Quality::Best || tile.importance.is_some()).then(|| {
+            refining: self.is_refined(tile).then(|| {
                 let block = self.block_size as usize;
                 (Refiner::new(isa, self.codebook.staircase(), block), tile.importance)
             }),
             codes,
             scales,
         }));
+    }
+
+    /// Whether what the search finds for a tile is made better. Scales that are quantized in turn are
+    /// too coarse for what is left of an error that counts the same everywhere.
+    fn is_refined(&self, tile: &Tile<'_>) -> bool {
+        match self.quality {
+            Quality::Reference => false,
+            Quality::Search => tile.importance.is_some(),
+            Quality::Best => tile.importance.is_some() || !self.double,
+        }
     }
 
     pub(super) fn decode(&self, dtype: Dtype, parts: &[&[u8]], out: &mut [f32]) {

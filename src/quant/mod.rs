@@ -18,7 +18,6 @@ mod fp8;
 mod grid;
 mod importance;
 mod int;
-mod isa;
 mod lanes;
 mod llm_int8;
 mod micro;
@@ -39,6 +38,7 @@ mod transposed;
 mod weighed;
 
 use crate::dtype::{Dtype, byte_len};
+use crate::isa;
 use shape::assert_lengths;
 
 pub use affine::AffineScheme;

@@ -1,6 +1,7 @@
 //! Names, element types and shapes of a checkpoint's logical tensors; never their data.
 
 use std::hash::{BuildHasher, RandomState};
+use std::sync::Arc;
 
 use hashbrown::HashTable;
 use hashbrown::hash_table::Entry;
@@ -29,8 +30,8 @@ pub struct Extent {
 pub enum Decoder {
     /// One operand: the elements themselves.
     Plain,
-    /// Codes and what they are scaled by.
-    Coded(Box<Coded>),
+    /// Codes and what they are scaled by; weights that are stored alike share it.
+    Coded(Arc<Coded>),
 }
 
 /// One logical tensor: what it is, and the stored operands it is decoded from.

@@ -73,6 +73,7 @@ fn sixes(table: &[f32; 64], bytes: &[u8], out: &mut Vec<f32>) {
 
 /// IEEE half precision, by selection: no branches, and no subnormal f32 that a thread may have been
 /// told to flush.
+#[inline(always)]
 pub(super) fn f16(bits: u16) -> f32 {
     let bits = u32::from(bits);
     let (sign, magnitude, fraction) = ((bits & 0x8000) << 16, bits & 0x7fff, bits & 0x3ff);
@@ -104,7 +105,7 @@ pub(super) static F8_E4M3: [f32; 256] = floats(4, 3, 7, Special::LastIsNan);
 static F8_E5M2: [f32; 256] = floats(5, 2, 15, Special::Ieee);
 static F8_E4M3FNUZ: [f32; 256] = floats(4, 3, 8, Special::MinusZeroIsNan);
 static F8_E5M2FNUZ: [f32; 256] = floats(5, 2, 16, Special::MinusZeroIsNan);
-pub(super) static F8_E8M0: [f32; 256] = powers_of_two();
+static F8_E8M0: [f32; 256] = powers_of_two();
 
 /// The values of all codes of a small floating-point type: a sign, `e` bits of exponent, `m` of
 /// fraction.

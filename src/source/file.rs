@@ -111,8 +111,22 @@ pub struct SourceFiles {
     open: Mutex<LruCache<u64, Arc<OpenFile>>>,
     /// A long range that was read, whose pages are not given back yet.
     lingering: Mutex<Option<(Arc<OpenFile>, Range<usize>)>>,
-    /// Buffers that nobody is decoding into.
-    scratch: Mutex<Vec<Vec<u8>>>,
+    scratch: Scratch,
+}
+
+/// Buffers to decode into.
+#[derive(Debug, Default)]
+struct Scratch {
+    idle: Mutex<Vec<Vec<u8>>>,
+    /// Bytes of all buffers, idle or lent.
+    bytes: Arc<AtomicU64>,
+}
+
+/// A buffer that returns to where it came from.
+#[derive(Debug)]
+struct Lent<'a> {
+    buffer: Vec<u8>,
+    home: &'a Scratch,
 }
 
 /// A range of a file: where it starts, and its length in bytes.
@@ -122,7 +136,7 @@ pub(super) type Part<'a> = (&'a Arc<SourceFile>, u64, u64);
 const SCRATCH: usize = 4;
 
 /// Bytes of a range that is long: more than any band of a few rows.
-const LONG: usize = 8 << 20;
+const LONG: usize = 4 << 20;
 
 #[derive(Debug)]
 struct OpenFile {
@@ -142,7 +156,7 @@ impl SourceFiles {
     /// At most `capacity` files are kept open and mapped.
     pub fn new(capacity: NonZeroUsize) -> Self {
         let open = Mutex::new(LruCache::new(capacity));
-        Self { open, lingering: Mutex::default(), scratch: Mutex::default() }
+        Self { open, lingering: Mutex::default(), scratch: Scratch::default() }
     }
 
     /// Fills `buf` from `offset` of the file, without mapping it into memory.
@@ -280,17 +294,13 @@ impl SourceFiles {
         len: usize,
         f: impl FnOnce(&mut [u8]) -> Result<T>,
     ) -> Result<T> {
-        let mut buffer = self.scratch.lock().pop().unwrap_or_default();
-        buffer.resize(len.max(buffer.len()), 0);
-        let out = f(&mut buffer[..len]);
-        // One that was stretched for something huge is not worth its memory.
-        buffer.truncate(len);
-        buffer.shrink_to(len.saturating_mul(2));
-        let mut idle = self.scratch.lock();
-        if idle.len() < SCRATCH {
-            idle.push(buffer);
-        }
-        out
+        let mut lent = self.scratch.lend(len);
+        f(&mut lent.buffer[..len])
+    }
+
+    /// Bytes of memory that is decoded into, as they change.
+    pub fn scratch_bytes(&self) -> Arc<AtomicU64> {
+        self.scratch.bytes.clone()
     }
 
     /// Asks the kernel to read a file into its page cache, and returns at once.
@@ -350,6 +360,32 @@ impl SourceFiles {
         let evicted = self.open.lock().push(source.id, open.clone());
         drop(evicted);
         Ok(open)
+    }
+}
+
+impl Scratch {
+    fn lend(&self, len: usize) -> Lent<'_> {
+        let mut buffer = self.idle.lock().pop().unwrap_or_default();
+        let had = buffer.capacity();
+        if buffer.len() < len || buffer.len() / 2 > len {
+            // One that was stretched for something huge is not worth its memory.
+            buffer.resize(len, 0);
+            buffer.shrink_to(len);
+        }
+        self.bytes.fetch_add(buffer.capacity() as u64, Ordering::Relaxed);
+        self.bytes.fetch_sub(had as u64, Ordering::Relaxed);
+        Lent { buffer, home: self }
+    }
+}
+
+impl Drop for Lent<'_> {
+    fn drop(&mut self) {
+        let mut idle = self.home.idle.lock();
+        if idle.len() < SCRATCH {
+            idle.push(std::mem::take(&mut self.buffer));
+        } else {
+            self.home.bytes.fetch_sub(self.buffer.capacity() as u64, Ordering::Relaxed);
+        }
     }
 }
 

@@ -34,6 +34,7 @@ pub use index::{INDEX_SUFFIX, Index, find_index_file};
 pub use window::Window;
 
 use crate::error::{self, Error, ErrorKind, Result};
+use crate::isa::Isa;
 use crate::threads;
 use decode::{OPERANDS, Outcome};
 use file::Part;
@@ -235,7 +236,8 @@ impl Checkpoint {
         }
     }
 
-    /// Shows `f` the elements of a window of a tensor, in its own element type: the bytes from the
+    /// Shows `f` the elements of a window of a tensor, decoded with `isa`'s instructions, in its own
+    /// element type: the bytes from the
     /// window's first element to its last, and how many elements lie between the starts of two of its
     /// rows. What lies there is not the window's. Elements narrower than a byte come in whole bytes.
     ///
@@ -243,6 +245,7 @@ impl Checkpoint {
     /// `Stale` or `Io`, as [`SourceFiles::with_bytes`].
     pub fn with_window<T>(
         &self,
+        isa: Isa,
         files: &SourceFiles,
         id: TensorId,
         window: Window,
@@ -272,7 +275,7 @@ impl Checkpoint {
                 }
                 let out = &mut out[(at * element) as usize..];
                 files.with_parts(&operands, &mut |bytes| {
-                    decode::decode(coded, tensor.dtype, &rect, *bytes, out, stride as usize);
+                    decode::decode(isa, coded, tensor.dtype, &rect, *bytes, out, stride as usize);
                 })?;
             }
             Ok(f(out, cols as usize))

@@ -48,6 +48,8 @@ struct Kept {
     parts: LruCache<(ChunkKey, usize), Arc<Buffer>>,
     bytes: u64,
     budget: u64,
+    /// Bytes that others have taken of it.
+    others: Arc<AtomicU64>,
 }
 
 /// A chunk that some thread is encoding.
@@ -65,13 +67,14 @@ enum Landing {
 }
 
 impl Cache {
-    /// Keeps at most `budget` bytes: an eighth for scales and other small parts, the rest for codes.
-    pub(super) fn new(budget: u64) -> Self {
-        let kept = |budget| Kept { parts: LruCache::unbounded(), bytes: 0, budget };
+    /// Keeps at most `budget` bytes: an eighth for scales and other small parts, the rest for codes,
+    /// less what `others` say that they have taken, up to half of it.
+    pub(super) fn new(budget: u64, others: Arc<AtomicU64>) -> Self {
+        let kept = |budget, others| Kept { parts: LruCache::unbounded(), bytes: 0, budget, others };
         let small = budget / 8;
         Self {
             state: Mutex::new(State {
-                kept: [kept(budget - small), kept(small)],
+                kept: [kept(budget - small, others), kept(small, Arc::default())],
                 spent: VecDeque::new(),
                 spent_bytes: 0,
                 making: HashMap::new(),
@@ -211,7 +214,9 @@ impl Kept {
             self.bytes -= old.len() as u64;
             evicted.push(old);
         }
-        while self.bytes > self.budget {
+        let taken = self.others.load(Ordering::Relaxed);
+        let budget = self.budget - taken.min(self.budget / 2);
+        while self.bytes > budget {
             let (_, old) = self.parts.pop_lru().expect("bytes are those of the parts kept");
             self.bytes -= old.len() as u64;
             evicted.push(old);
@@ -238,7 +243,7 @@ mod tests {
 
     #[test]
     fn many_threads_make_a_chunk_once_and_all_get_it() {
-        let cache = Cache::new(0);
+        let cache = Cache::new(0, Arc::default());
         let made = AtomicUsize::new(0);
         thread::scope(|scope| {
             for _ in 0..8 {
@@ -258,7 +263,7 @@ mod tests {
 
     #[test]
     fn a_failure_or_panic_reaches_its_maker_and_frees_the_others() {
-        let cache = Cache::new(1000);
+        let cache = Cache::new(1000, Arc::default());
         let turn = AtomicUsize::new(0);
         thread::scope(|scope| {
             let callers: Vec<_> = (0..3)
@@ -285,7 +290,7 @@ mod tests {
 
     #[test]
     fn codes_are_evicted_before_scales_and_the_budget_holds() {
-        let cache = Cache::new(240);
+        let cache = Cache::new(240, Arc::default());
         for chunk in 0..3 {
             cache.get((0, chunk), 0, || Ok(parts(chunk as u8))).expect("made");
         }
@@ -301,8 +306,27 @@ mod tests {
     }
 
     #[test]
+    fn what_others_take_is_not_kept_but_half_is() {
+        let others = Arc::new(AtomicU64::new(0));
+        let cache = Cache::new(800, others.clone());
+        let fill = || {
+            for chunk in 0..10 {
+                cache.get((0, chunk), 0, || Ok(parts(0))).expect("made");
+            }
+            cache.usage().0
+        };
+        // Ten of 70 bytes of codes in 700, ten of 10 bytes of scales in 100.
+        assert_eq!(fill(), 800);
+        for (taken, left) in [(200, 490), (1000, 350)] {
+            others.store(taken, Ordering::Relaxed);
+            cache.get((1, taken as u32), 0, || Ok(parts(0))).expect("made");
+            assert_eq!(cache.usage().0 - 100, left);
+        }
+    }
+
+    #[test]
     fn of_codes_that_were_spent_the_first_go_first() {
-        let cache = Cache::new(1 << 30);
+        let cache = Cache::new(1 << 30, Arc::default());
         let codes = |chunk| vec![Buffer::from(vec![chunk as u8; 7 << 20]), Buffer::from(vec![1])];
         for chunk in 0..4 {
             cache.get((0, chunk), 0, || Ok(codes(chunk))).expect("made");
@@ -321,7 +345,7 @@ mod tests {
 
     #[test]
     fn what_is_prepared_is_not_made_again() {
-        let cache = Cache::new(1000);
+        let cache = Cache::new(1000, Arc::default());
         cache.prepare((0, 0), || Ok(parts(1))).expect("made");
         cache.prepare((0, 0), || panic!("made twice")).expect("kept");
         assert_eq!(cache.get((0, 0), 0, || panic!("made twice")).expect("kept")[0], 1);

@@ -46,7 +46,8 @@ const OPEN_FILES: NonZeroUsize = NonZeroUsize::new(64).expect("64 is not zero");
 /// Memory knobs; they never change a byte.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Budget {
-    /// Bytes of encoded chunks that are kept.
+    /// Bytes of encoded chunks that are kept, with those of the memory that a quantized source is
+    /// decoded in.
     pub cache: u64,
     /// Source bytes that one chunk is encoded from, at least one unit of its scheme.
     pub chunk: u64,
@@ -173,6 +174,15 @@ impl View {
     /// [`crate::source::Checkpoint::open`], [`format::find`] and
     /// [`crate::source::ImportanceFile::open`].
     pub fn open(path: &Path, request: &Request, budget: Budget) -> Result<Self> {
+        Self::open_on(Isa::detect(), path, request, budget)
+    }
+
+    /// As [`open`](Self::open), with the instruction set that encoders and decoders use. It never
+    /// changes a byte.
+    ///
+    /// # Errors
+    /// As those of [`open`](Self::open).
+    pub fn open_on(isa: Isa, path: &Path, request: &Request, budget: Budget) -> Result<Self> {
         let format = format::find(&request.format)?;
         let mut walk = walk::Walk::new(format, request)?;
         let root = walk.run(path)?;
@@ -183,11 +193,12 @@ impl View {
             recipe.push_str(&format!(", importance {digest:016x}"));
         }
         let walk::Walk { tree, contents, models, hidden, warnings, .. } = walk;
+        let files = SourceFiles::new(OPEN_FILES);
         let engine = Engine {
-            files: SourceFiles::new(OPEN_FILES),
-            cache: Cache::new(budget.cache),
+            cache: Cache::new(budget.cache, files.scratch_bytes()),
+            files,
             buffers: Buffers::default(),
-            isa: Isa::detect(),
+            isa,
             budget,
             counters: Counters::default(),
             spoilt: Spoilt::default(),

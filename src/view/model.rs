@@ -448,7 +448,8 @@ impl Model {
         };
         engine.counters.source.add(self.checkpoint.window_len(tensor, &window));
         let begun = cpu_ns(ClockId::ThreadCPUTime);
-        let made = self.checkpoint.with_window(&engine.files, tensor, window, |bytes, stride| {
+        let (isa, files) = (engine.isa, &engine.files);
+        let made = self.checkpoint.with_window(isa, files, tensor, window, |bytes, stride| {
             let data = Reals::new(dtype, bytes).expect("the scheme accepted the type");
             let (rows, cols) = (place.rows as usize, place.cols as usize);
             f(&Tile { data, rows, cols, stride, importance: None })

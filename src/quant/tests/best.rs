@@ -25,8 +25,7 @@ fn errors(scheme: Scheme, shape: (usize, usize), weight: &[f32], parts: &[Vec<u8
     let error = |(x, y): (&f32, &f32)| f64::from(x - y).powi(2);
     let errors: Vec<f64> = weight.iter().zip(&values).map(error).collect();
     match scheme {
-        Scheme::Fp8(Fp8Scheme { grain: Fp8Grain::Block(_), .. })
-        | Scheme::Codebook(CodebookScheme { double: true, .. }) => vec![errors.iter().sum()],
+        Scheme::Fp8(Fp8Scheme { grain: Fp8Grain::Block(_), .. }) => vec![errors.iter().sum()],
         _ => errors.chunks(group(scheme, shape.1)).map(|group| group.iter().sum()).collect(),
     }
 }

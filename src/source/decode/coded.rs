@@ -77,6 +77,9 @@ impl Unit {
 
     /// As many whole codes as fit in 32 bits.
     pub(super) fn word(bits: u8) -> Self {
+        if 32_u8.is_multiple_of(bits) {
+            return Self::dense(bits);
+        }
         Self { bits, codes: 32 / bits, bytes: 4, high_first: false }
     }
 

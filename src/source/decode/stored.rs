@@ -1,6 +1,7 @@
 //! The tensors that a checkpoint stores, while dialects claim them.
 
 use std::fmt::Display;
+use std::sync::Arc;
 
 use super::coded::Coded;
 use crate::dtype::{Dtype, byte_len};
@@ -14,7 +15,12 @@ pub(super) struct Stored<'a> {
     model_dtype: Option<Dtype>,
     read: &'a dyn Fn(&Tensor) -> Result<Vec<u8>>,
     fates: Vec<Fate>,
+    /// How the last weights are stored, which others may be stored as too.
+    known: Vec<Arc<Coded>>,
 }
+
+/// Kinds of weights that are remembered; a layer has few.
+const KINDS: usize = 16;
 
 /// What becomes of a stored tensor.
 enum Fate {
@@ -33,7 +39,7 @@ impl<'a> Stored<'a> {
         read: &'a dyn Fn(&Tensor) -> Result<Vec<u8>>,
     ) -> Self {
         let fates = catalog.tensors().iter().map(|_| Fate::Plain).collect();
-        Self { catalog, model_dtype, read, fates }
+        Self { catalog, model_dtype, read, fates, known: Vec::new() }
     }
 
     /// The element type of the model's weights, as far as its config says.
@@ -103,10 +109,22 @@ impl<'a> Stored<'a> {
             name: name.to_owned(),
             dtype,
             shape,
-            decoder: Decoder::Coded(Box::new(coded)),
+            decoder: Decoder::Coded(self.shared(coded)),
             operands: operands.iter().map(|id| self.tensor(*id).operands[0]).collect(),
         }));
         Ok(())
+    }
+
+    fn shared(&mut self, coded: Coded) -> Arc<Coded> {
+        if let Some(known) = self.known.iter().find(|known| ***known == coded) {
+            return known.clone();
+        }
+        if self.known.len() == KINDS {
+            self.known.remove(0);
+        }
+        let coded = Arc::new(coded);
+        self.known.push(coded.clone());
+        coded
     }
 
     /// Leaves a stored tensor out, which means nothing once decoded.

@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use super::safetensors as file_of;
 use crate::dtype::{Dtype, byte_len};
 use crate::error::{ErrorKind, Result};
+use crate::isa::Isa;
 use crate::source::{Checkpoint, SourceFiles, Window};
 
 /// A stored tensor: its name, element type, shape and bytes; zeros where there are none.
@@ -65,9 +66,18 @@ fn values(checkpoint: &Checkpoint, name: &str) -> Vec<f32> {
     let cols = tensor.elements();
     let window = Window { width: cols, first_row: 0, rows: 1, first_col: 0, cols };
     let decode = crate::source::f32_decoder(tensor.dtype).expect("reals");
-    let mut out = Vec::new();
-    checkpoint.with_window(&files, id, window, |bytes, _| decode(bytes, &mut out)).expect("read");
-    out
+    let on = |isa| {
+        let mut out = Vec::new();
+        let read = |bytes: &[u8], _| decode(bytes, &mut out);
+        checkpoint.with_window(isa, &files, id, window, read).expect("read");
+        out
+    };
+    let first = on(Isa::detect());
+    for isa in Isa::available() {
+        let bits = |values: Vec<f32>| values.into_iter().map(f32::to_bits).collect::<Vec<_>>();
+        assert_eq!(bits(on(isa)), bits(first.clone()), "{name} on {}", isa.name());
+    }
+    first
 }
 
 #[track_caller]
@@ -521,16 +531,18 @@ fn any_window_is_a_part_of_the_whole() {
         let checkpoint = opened.expect("refused");
         let id = checkpoint.catalog().find(name).expect("there");
         let elements = checkpoint.catalog()[id].elements();
-        let read = |window: Window| {
+        let read = |isa, window: Window| {
             let read = |bytes: &[u8], stride: usize| {
                 let rows = (0..window.rows as usize).map(|row| row * stride * 2);
                 rows.flat_map(|at| bytes[at..][..window.cols as usize * 2].to_vec()).collect()
             };
-            let out: Vec<u8> = checkpoint.with_window(&files, id, window, read).expect("read");
+            let out: Vec<u8> = checkpoint.with_window(isa, &files, id, window, read).expect("read");
             out
         };
-        let whole =
-            read(Window { width: elements, first_row: 0, rows: 1, first_col: 0, cols: elements });
+        let whole = read(
+            Isa::detect(),
+            Window { width: elements, first_row: 0, rows: 1, first_col: 0, cols: elements },
+        );
         assert!(whole.windows(2).any(|pair| pair[0] != pair[1]));
         for width in [37, 160, 74, elements / 5, elements] {
             let height = elements / width;
@@ -546,7 +558,9 @@ fn any_window_is_a_part_of_the_whole() {
                         whole[at..at + cols as usize * 2].to_vec()
                     })
                     .collect();
-                assert!(read(window) == expected, "{name}: {window:?}");
+                for isa in Isa::available() {
+                    assert!(read(isa, window) == expected, "{name}: {window:?} {isa:?}");
+                }
             }
         }
     }

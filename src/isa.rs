@@ -20,7 +20,7 @@ enum Level {
 
 /// Work to be compiled once per instruction set. `run` and all that it calls in its hot loops must
 /// be `#[inline(always)]`, or it keeps the baseline's instructions.
-pub(super) trait Kernel {
+pub(crate) trait Kernel {
     fn run(self);
 }
 
@@ -47,25 +47,11 @@ impl Isa {
 
     /// Every instruction set of this CPU that kernels are compiled for, narrowest first.
     pub fn available() -> Vec<Self> {
-        let mut all = vec![Self(Level::Baseline)];
-        #[cfg(target_arch = "x86_64")]
-        {
-            if is_x86_feature_detected!("avx2") {
-                all.push(Self(Level::Avx2));
-            }
-            if is_x86_feature_detected!("avx512f")
-                && is_x86_feature_detected!("avx512bw")
-                && is_x86_feature_detected!("avx512vl")
-                && is_x86_feature_detected!("avx512dq")
-            {
-                all.push(Self(Level::Avx512));
-            }
-        }
-        all
+        [Level::Baseline].into_iter().chain(detect_wider()).map(Self).collect()
     }
 
     /// For kernels whose loops are too short for wider vectors.
-    pub(super) fn at_most_256_bits(self) -> Self {
+    pub(crate) fn at_most_256_bits(self) -> Self {
         match self.0 {
             // Every CPU with AVX-512 has AVX2: the one implies the other.
             #[cfg(target_arch = "x86_64")]
@@ -90,7 +76,7 @@ impl Isa {
         target_arch = "x86_64",
         expect(unsafe_code, reason = "calling a function compiled for more than the baseline")
     )]
-    pub(super) fn run<K: Kernel>(self, kernel: K) {
+    pub(crate) fn run<K: Kernel>(self, kernel: K) {
         match self.0 {
             Level::Baseline => kernel.run(),
             #[cfg(target_arch = "x86_64")]
@@ -99,4 +85,21 @@ impl Isa {
             Level::Avx512 => instantiate!(kernel, "avx512f,avx512bw,avx512vl,avx512dq"),
         }
     }
+}
+
+/// What the CPU has beyond the baseline.
+#[cfg(target_arch = "x86_64")]
+fn detect_wider() -> impl Iterator<Item = Level> {
+    let avx2 = is_x86_feature_detected!("avx2");
+    let avx512 = is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512vl")
+        && is_x86_feature_detected!("avx512dq");
+    [avx2.then_some(Level::Avx2), avx512.then_some(Level::Avx512)].into_iter().flatten()
+}
+
+/// Nothing: elsewhere no kernel is compiled for more than the baseline.
+#[cfg(not(target_arch = "x86_64"))]
+fn detect_wider() -> [Level; 0] {
+    []
 }
