@@ -17,6 +17,9 @@
 //! a NaN or an infinity has a scale that isn't finite, and codes of its zero wherever one comes out
 //! as NaN.
 //!
+//! Lines of codes hold some inputs of every output, so chunks are stripes of columns. Where a scale is
+//! a whole row's, scales and zero points are surveyed row by row first.
+//!
 //! GPTQ's first version stores zeros less 1, subtracted from whole words: a zero of 0 borrows from
 //! its neighbour, and loaders differ in how they undo that, so the search has no such zeros there.
 
@@ -28,6 +31,7 @@ use super::isa::{Isa, Kernel};
 use super::pack::{pack, packed_len, unpack, word_of};
 use super::search::{Search, Tool};
 use super::shape::{assert_lengths, grouped, matrix, part, stripes};
+use super::survey::Survey;
 use super::tile::{Element, Extremes, F16, Tile, for_element};
 use super::{Part, Quality, Role};
 
@@ -100,14 +104,35 @@ impl TransposedScheme {
     }
 
     pub(super) fn grid(&self, dtype: Dtype, shape: &[u64], source_bytes: u64) -> Grid {
-        let unit = self.group(shape[1]);
+        let unit = match self.granularity {
+            Granularity::Group(size) => size.into(),
+            // Whole words of codes.
+            Granularity::Channel => 32,
+        };
         stripes(dtype, shape, unit, |shape| self.parts(dtype, shape), source_bytes)
     }
 
-    pub(super) fn encode(&self, isa: Isa, tile: &Tile<'_>, out: &mut [&mut [u8]]) {
+    /// Adds scales and zero points of whole rows.
+    pub(super) fn survey(&self, isa: Isa, tile: &Tile<'_>, survey: &mut Survey) {
+        for_element!(tile.data.dtype(), E => isa.run(FitRows::<E> {
+            scheme: self,
+            source: E::split(tile.data.bytes()),
+            rows: tile.rows,
+            cols: tile.cols,
+            stride: tile.stride,
+            survey,
+        }));
+    }
+
+    /// Encodes a tile: whole rows, or some columns of all rows whose scales and zero points were
+    /// surveyed. Of the latter only the first stripe has scales and zero points to write.
+    pub(super) fn encode(&self, isa: Isa, tile: &Tile<'_>, survey: &Survey, out: &mut [&mut [u8]]) {
         let dtype = tile.data.dtype();
+        let fits = survey.fits();
         let parts = self.parts(dtype, &[tile.rows as u64, tile.cols as u64]);
-        assert_lengths(&parts, out.iter().map(|out| out.len()));
+        let is_later = !fits.is_empty() && out[1..].iter().all(|part| part.is_empty());
+        let made = if is_later { &parts[..1] } else { &parts[..] };
+        assert_lengths(made, out[..made.len()].iter().map(|out| out.len()));
         let [codes, scales, zeros] = out else { unreachable!("three parts") };
         for_element!(dtype, E => isa.run(Encode::<E> {
             scheme: self,
@@ -115,6 +140,7 @@ impl TransposedScheme {
             rows: tile.rows,
             cols: tile.cols,
             stride: tile.stride,
+            fits,
             codes,
             scales,
             zeros,
@@ -163,6 +189,16 @@ impl TransposedScheme {
                 *out = E::round((f32::from(code) - f32::from(zero_at(g, r))) * scale);
             }
         });
+    }
+
+    /// The search for scales and zero points of groups of `len` weights; none at reference quality.
+    fn search(&self, len: usize) -> Option<Search> {
+        if self.quality == Quality::Reference {
+            return None;
+        }
+        let search = Search::new(Codes::offset(self.bits), self.symmetric, len);
+        let is_v1 = self.order == TransposedOrder::GptqV1;
+        Some(if is_v1 { search.without_lowest_zero() } else { search })
     }
 
     fn is_gemm(&self) -> bool {
@@ -223,7 +259,7 @@ impl Tool for GptqModel {
             // The sum has a spacing of 1. Zero is added to what was rounded, not before.
             ((x + 12_582_912.0).to_bits() as u8).wrapping_add(zero)
         };
-        if MODERATE.contains(&scale) {
+        if MODERATE.contains(&scale.abs()) {
             for (&raw, out) in group.iter().zip(out) {
                 *out = code(E::widen(raw) / scale);
             }
@@ -241,6 +277,47 @@ impl Tool for GptqModel {
     }
 }
 
+/// The scale and zero point of a row that has one of each, as its codes are made with. At search
+/// quality `codes` is scratch for as many codes as the row has.
+#[inline(always)]
+fn fit_row<E: Element>(
+    scheme: &TransposedScheme,
+    search: Option<&mut Search>,
+    row: &[E::Raw],
+    codes: &mut [u8],
+) -> Fit {
+    let Some(search) = search else {
+        let range = Codes::offset(scheme.bits);
+        return GptqModel::fit::<E>(range, scheme.symmetric, E::extremes(row));
+    };
+    let mut fit = [Fit { scale: 0.0, zero_point: 0.0 }];
+    search.encode_row::<E, GptqModel>(row, codes, &mut fit);
+    fit[0]
+}
+
+/// The survey of a band of rows.
+struct FitRows<'a, E: Element> {
+    scheme: &'a TransposedScheme,
+    source: &'a [E::Raw],
+    rows: usize,
+    cols: usize,
+    stride: usize,
+    survey: &'a mut Survey,
+}
+
+impl<E: Element> Kernel for FitRows<'_, E> {
+    #[inline(always)]
+    fn run(self) {
+        let mut search = self.scheme.search(self.cols);
+        let mut codes = vec![0; self.cols];
+        for r in 0..self.rows {
+            let row = &self.source[r * self.stride..][..self.cols];
+            let fit = fit_row::<E>(self.scheme, search.as_mut(), row, &mut codes);
+            self.survey.add_fits(&[fit]);
+        }
+    }
+}
+
 /// The encoding of one tile.
 struct Encode<'a, E: Element> {
     scheme: &'a TransposedScheme,
@@ -248,6 +325,8 @@ struct Encode<'a, E: Element> {
     rows: usize,
     cols: usize,
     stride: usize,
+    /// Of every row; none where rows have several, or are whole.
+    fits: &'a [Fit],
     codes: &'a mut [u8],
     scales: &'a mut [u8],
     zeros: &'a mut [u8],
@@ -256,19 +335,12 @@ struct Encode<'a, E: Element> {
 impl<E: Element> Kernel for Encode<'_, E> {
     #[inline(always)]
     fn run(self) {
-        let TransposedScheme { bits, symmetric, order, quality, .. } = *self.scheme;
+        let TransposedScheme { bits, granularity, symmetric, order, .. } = *self.scheme;
         let (rows, cols) = (self.rows, self.cols);
         let group = self.scheme.group(cols as u64) as usize;
         let groups = cols / group;
         let range = Codes::offset(bits);
-        let mut search = match quality {
-            Quality::Reference => None,
-            Quality::Search => {
-                let search = Search::new(range, symmetric, group);
-                let is_v1 = order == TransposedOrder::GptqV1;
-                Some(if is_v1 { search.without_lowest_zero() } else { search })
-            }
-        };
+        let mut search = if self.fits.is_empty() { self.scheme.search(group) } else { None };
         // Rows whose codes share a word, and words that a row's codes take part in.
         let (sharing, width) = match order {
             TransposedOrder::AwqGemm => (8, cols),
@@ -295,6 +367,13 @@ impl<E: Element> Kernel for Encode<'_, E> {
                     let row = &self.source[r * self.stride..][..cols];
                     let codes = &mut row_codes[(r - first) * code_pitch..][..cols];
                     match &mut search {
+                        _ if granularity == Granularity::Channel => {
+                            fits[0] = match self.fits.get(r) {
+                                Some(fit) => *fit,
+                                None => fit_row::<E>(self.scheme, search.as_mut(), row, codes),
+                            };
+                            GptqModel::codes::<E>(range, symmetric, fits[0], row, codes);
+                        }
                         Some(search) => search.encode_row::<E, GptqModel>(row, codes, &mut fits),
                         None => {
                             let pairs = row.chunks_exact(group).zip(codes.chunks_exact_mut(group));
@@ -305,7 +384,9 @@ impl<E: Element> Kernel for Encode<'_, E> {
                         }
                     }
                     for (g, fit) in fits.iter().enumerate() {
-                        F16::store(F16::round(fit.scale), &mut scales[g * rows + r]);
+                        if let Some(scale) = scales.get_mut(g * rows + r) {
+                            F16::store(F16::round(fit.scale), scale);
+                        }
                         zeros[g * rows.next_multiple_of(8) + r] = range.byte(fit.zero_point);
                     }
                 }

@@ -2,6 +2,7 @@
 
 use std::hash::Hasher;
 use std::ops::Range;
+use std::sync::Arc;
 
 use super::buffers::{Buffer, Buffers};
 use super::cache::{Cache, ChunkKey};
@@ -348,14 +349,14 @@ impl Model {
 
     /// What must be known of all of a weight before it can be encoded. The first to ask reads it,
     /// and whatever shares its survey.
-    fn survey(&self, engine: &Engine, weight: usize) -> Result<Survey> {
+    fn survey(&self, engine: &Engine, weight: usize) -> Result<Arc<Survey>> {
         let Weight { scheme, survey, .. } = self.plan.weights[weight];
-        let Some(id) = survey else { return Ok(Survey::default()) };
+        let Some(id) = survey else { return Ok(Arc::default()) };
         self.surveys.get(id, || {
             let mut survey = Survey::default();
             for &tensor in &self.plan.surveys[id] {
                 let Tensor { dtype, shape, .. } = &self.checkpoint.catalog()[tensor];
-                let grid = scheme.grid(*dtype, shape, engine.budget.chunk);
+                let grid = scheme.survey_grid(*dtype, shape, engine.budget.chunk);
                 for chunk in 0..grid.chunks() {
                     self.with_tile(engine, tensor, &grid, chunk, |tile| {
                         scheme.survey(engine.isa, tile, &mut survey);

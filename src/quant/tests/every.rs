@@ -38,7 +38,10 @@ fn schemes(quality: Quality) -> Vec<Scheme> {
     for to in [Real::Bf16, Real::F16, Real::F32] {
         out.push(Scheme::Cast(CastScheme { to }));
     }
-    out.extend(transposed::schemes(quality).into_iter().map(Scheme::Transposed));
+    for scheme in transposed::schemes(quality) {
+        let granularity = Granularity::Channel;
+        out.extend([scheme, TransposedScheme { granularity, ..scheme }].map(Scheme::Transposed));
+    }
     out
 }
 
@@ -76,8 +79,7 @@ fn a_weight_shown_decoded_is_what_its_parts_decode_to() {
             let (rows, cols) = shape;
             let parts = encode(scheme, Isa::detect(), data, shape, u64::MAX);
             let decoded = decode(f, scheme, shape, &parts);
-            let whole = scheme.grid(f.dtype, &[75, 96], u64::MAX);
-            let survey = survey_on(&whole, data, scheme, Isa::detect());
+            let survey = survey_of(scheme, Isa::detect(), data, (75, 96), u64::MAX);
             for to in FLOATS {
                 let real = Real::new(to.dtype).expect("a real");
                 let values: Vec<f32> = decoded.iter().map(|x| to.round(*x)).collect();

@@ -167,6 +167,22 @@ fn a_band_of_rows_is_encoded_and_decoded_as_a_weight_of_its_own() {
 }
 
 #[test]
+fn windows_of_whole_channels_are_bounded() {
+    let shape = [4096, 8192];
+    for scheme in schemes(Quality::Search) {
+        let granularity = Granularity::Channel;
+        let scheme = Scheme::Transposed(TransposedScheme { granularity, ..scheme });
+        let most = |grid: Grid| {
+            let bytes = |window: Window| window.rows * window.cols * 2;
+            (0..grid.chunks()).map(|k| bytes(grid.window(k))).max()
+        };
+        assert_eq!(most(scheme.survey_grid(Dtype::BF16, &shape, 1 << 20)), Some(1 << 20));
+        assert_eq!(most(scheme.grid(Dtype::BF16, &shape, 1 << 20)), Some(4 << 20));
+        assert_eq!(most(scheme.grid(Dtype::BF16, &shape, 1)), Some(4096 * 32 * 2), "the least");
+    }
+}
+
+#[test]
 fn the_search_has_no_zero_that_borrows_in_version_1() {
     let f = FLOATS[0];
     let shape = (32, 64);
