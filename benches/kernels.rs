@@ -8,85 +8,39 @@ use std::hint::black_box;
 use std::time::Instant;
 
 use aq_fs::dtype::Dtype;
-use aq_fs::quant::{
-    AffineScheme, Codebook, CodebookScheme, Fp8Grain, Fp8Scale, Fp8Scheme, Granularity, IntScheme,
-    Isa, LlmInt8Scheme, MicroDialect, MicroFloat, MicroScheme, Packing, Quality, Reals, Scheme,
-    Storage, Survey, Tile, TransposedOrder, TransposedScheme,
-};
+use aq_fs::quant::{Isa, Quality, Reals, Scheme, Survey, Tile, examples};
 
 const ROWS: usize = 256;
 const COLS: usize = 4096;
+const ROUNDS: usize = 20;
 
+/// What is measured, int4 in groups of 128 first.
 fn schemes(quality: Quality) -> Vec<Scheme> {
-    let int = |bits| IntScheme {
-        bits,
-        granularity: Granularity::Group(128),
-        symmetric: true,
-        packing: Packing::Packed32,
-        quality,
-    };
-    let mut out = vec![Scheme::Int(int(4)), Scheme::Int(int(8))];
-    for (bits, group_size) in [(4, 64), (2, 64), (3, 64), (5, 64), (6, 64), (8, 64), (4, 32)] {
-        out.push(Scheme::Affine(AffineScheme { bits, group_size, quality }));
-    }
-    for (float, dialect) in [
-        (MicroFloat::E2m1, MicroDialect::CompressedTensors),
-        (MicroFloat::E4m3, MicroDialect::CompressedTensors),
-        (MicroFloat::E2m1, MicroDialect::TensorGroup),
-        (MicroFloat::E2m1, MicroDialect::MlxPower),
-        (MicroFloat::E4m3, MicroDialect::MlxPower),
-        (MicroFloat::E2m1, MicroDialect::MlxE4m3),
-    ] {
-        out.push(Scheme::Micro(MicroScheme { float, dialect, quality }));
-    }
-    for (grain, scale) in [
-        (Fp8Grain::Tensor, Fp8Scale::Source),
-        (Fp8Grain::Channel, Fp8Scale::Source),
-        (Fp8Grain::Block(128), Fp8Scale::Source),
-        (Fp8Grain::Block(128), Fp8Scale::Inverse),
-    ] {
-        out.push(Scheme::Fp8(Fp8Scheme { grain, scale, whole_blocks: false }));
-    }
-    for codebook in [Codebook::Nf4, Codebook::Fp4] {
-        for double in [false, true] {
-            let (block_size, storage) = (64, Storage::U8);
-            out.push(Scheme::Codebook(CodebookScheme {
-                codebook,
-                block_size,
-                storage,
-                double,
-                quality,
-            }));
+    let mut out = Vec::new();
+    for scheme in [128, 64, 32].into_iter().flat_map(|size| examples(quality, size)) {
+        // What has no groups, or groups of its own, is there but once.
+        if !out.contains(&scheme) {
+            out.push(scheme);
         }
-    }
-    out.push(Scheme::LlmInt8(LlmInt8Scheme));
-    for (bits, order, symmetric) in [
-        (4, TransposedOrder::GptqV1, true),
-        (2, TransposedOrder::GptqV1, true),
-        (3, TransposedOrder::GptqV1, true),
-        (8, TransposedOrder::GptqV1, true),
-        (4, TransposedOrder::GptqV1, false),
-        (4, TransposedOrder::AwqGemm, false),
-    ] {
-        let granularity = Granularity::Group(128);
-        let scheme = TransposedScheme { bits, granularity, symmetric, order, quality };
-        out.push(Scheme::Transposed(scheme));
     }
     out
 }
 
 /// Source bytes a second: the best of many rounds.
 fn rate(scheme: Scheme, isa: Isa, dtype: Dtype, bytes: &[u8]) -> f64 {
-    let shape = [ROWS as u64, COLS as u64];
+    let shape: &[u64] = match scheme {
+        Scheme::Experts(_) => &[1, ROWS as u64, COLS as u64],
+        _ => &[ROWS as u64, COLS as u64],
+    };
     let mut parts: Vec<_> =
-        scheme.parts(dtype, &shape).iter().map(|part| vec![0; part.bytes() as usize]).collect();
-    let (slab, width) = scheme.grid(dtype, &shape, u64::MAX).view();
+        scheme.parts(dtype, shape).iter().map(|part| vec![0; part.bytes() as usize]).collect();
+    let (slab, width) = scheme.grid(dtype, shape, u64::MAX).view();
     let data = Reals::new(dtype, bytes).expect("a float type");
     let tile = Tile { data, rows: slab as usize, cols: width as usize, stride: width as usize };
     let mut survey = Survey::default();
     scheme.survey(isa, &tile, &mut survey);
     let mut best = f64::INFINITY;
-    for _ in 0..40 {
+    for _ in 0..ROUNDS {
         let mut out: Vec<&mut [u8]> = parts.iter_mut().map(|part| &mut part[..]).collect();
         let start = Instant::now();
         scheme.encode(isa, &tile, &survey, &mut out);

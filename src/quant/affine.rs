@@ -22,7 +22,7 @@ use super::grid::Grid;
 use super::int::MODERATE;
 use super::isa::{Isa, Kernel};
 use super::pack::{pack, packed_len, unpack, word_of};
-use super::shape::{assert_lengths, bands, grouped, part};
+use super::shape::{bands, grouped, part};
 use super::tile::{Element, Extremes, NAN, Tile, for_element};
 use super::{Part, Quality, Role};
 
@@ -64,8 +64,6 @@ impl AffineScheme {
 
     pub(super) fn encode(&self, isa: Isa, tile: &Tile<'_>, out: &mut [&mut [u8]]) {
         let dtype = tile.data.dtype();
-        let parts = self.parts(dtype, &[tile.rows as u64, tile.cols as u64]);
-        assert_lengths(&parts, out.iter().map(|out| out.len()));
         let [codes, scales, biases] = out else { unreachable!("three parts") };
         // Groups are too short for the widest vectors, but for a search.
         let isa = match self.quality {
@@ -83,16 +81,7 @@ impl AffineScheme {
         }));
     }
 
-    pub(super) fn decode(
-        &self,
-        dtype: Dtype,
-        (rows, cols): (usize, usize),
-        parts: &[&[u8]],
-        out: &mut [f32],
-    ) {
-        assert_eq!(out.len(), rows * cols, "number of elements");
-        let specs = self.parts(dtype, &[rows as u64, cols as u64]);
-        assert_lengths(&specs, parts.iter().map(|part| part.len()));
+    pub(super) fn decode(&self, dtype: Dtype, cols: usize, parts: &[&[u8]], out: &mut [f32]) {
         let &[codes, scales, biases] = parts else { unreachable!("three parts") };
         let group = self.group_size as usize;
         let row_len = packed_len(cols, self.bits);
@@ -122,11 +111,14 @@ pub(super) fn fit(high: f32, Extremes { min, max }: Extremes) -> Line {
     let is_finite = (max - min).is_finite();
     let step = (max - min) / high;
     let step = if step > 1e-7 { step } else { 1e-7 };
-    let (edge, step) = if min.abs() > max.abs() { (min, step) } else { (max, -step) };
+    let from_min = min.abs() > max.abs();
+    let edge = if from_min { min } else { max };
+    let step = if from_min { step } else { -step };
     let codes = (edge / step).round_ties_even();
-    let scale = if codes == 0.0 { step } else { edge / codes };
+    // Divided at any rate, and all chosen by selection, for the compiler to do many groups at a time.
+    let exact = edge / codes;
+    let scale = if codes == 0.0 { step } else { exact };
     let bias = if codes == 0.0 { 0.0 } else { edge };
-    // By selection, for the compiler to do many groups at a time.
     Line { scale: if is_finite { scale } else { NAN }, bias: if is_finite { bias } else { NAN } }
 }
 
@@ -158,8 +150,8 @@ impl<E: Element> Kernel for Encode<'_, E> {
         let group = group_size as usize;
         let groups = self.cols / group;
         let mut row_codes = vec![0; self.cols];
-        let mut row_ranges = vec![Extremes { min: 0.0, max: 0.0 }; groups];
-        let mut row_lines = vec![Line { scale: 0.0, bias: 0.0 }; groups];
+        let [mut row_mins, mut row_maxs] = [(); 2].map(|()| vec![0.0; groups]);
+        let [mut row_scales, mut row_biases] = [(); 2].map(|()| vec![0.0; groups]);
         let mut search = match quality {
             Quality::Reference => None,
             Quality::Search => Some(Search::new(bits, group)),
@@ -170,27 +162,32 @@ impl<E: Element> Kernel for Encode<'_, E> {
         for (r, ((codes, scales), biases)) in rows.zip(scales).zip(biases).enumerate() {
             let row = &self.source[r * self.stride..][..self.cols];
             let parts = row.chunks_exact(group).zip(row_codes.chunks_exact_mut(group));
+            let row_lines = row_scales.iter_mut().zip(&mut row_biases);
             match &mut search {
                 Some(search) => {
-                    for ((group, out), line) in parts.zip(&mut row_lines) {
-                        *line = search.encode_group::<E>(group, out);
+                    for ((group, out), (scale, bias)) in parts.zip(row_lines) {
+                        Line { scale: *scale, bias: *bias } = search.encode_group::<E>(group, out);
                     }
                 }
                 None => {
-                    for (group, range) in row.chunks_exact(group).zip(&mut row_ranges) {
-                        *range = E::range(group);
+                    let ranges = row_mins.iter_mut().zip(&mut row_maxs);
+                    for (group, (min, max)) in row.chunks_exact(group).zip(ranges) {
+                        Extremes { min: *min, max: *max } = E::range(group);
                     }
-                    for (line, range) in row_lines.iter_mut().zip(&row_ranges) {
-                        *line = fit(high, *range);
+                    let ranges = row_mins.iter().zip(&row_maxs);
+                    for ((&min, &max), (scale, bias)) in ranges.zip(row_lines) {
+                        Line { scale: *scale, bias: *bias } = fit(high, Extremes { min, max });
                     }
-                    for ((group, out), line) in parts.zip(&row_lines) {
-                        encode_with::<E>(high, *line, group, out);
+                    let lines = row_scales.iter().zip(&row_biases);
+                    for ((group, out), (&scale, &bias)) in parts.zip(lines) {
+                        encode_with::<E>(high, Line { scale, bias }, group, out);
                     }
                 }
             }
-            for (g, line) in row_lines.iter().enumerate() {
-                E::store(E::round(line.scale), &mut scales[g * E::SIZE..]);
-                E::store(E::round(line.bias), &mut biases[g * E::SIZE..]);
+            for (values, stored) in [(&row_scales, scales), (&row_biases, biases)] {
+                for (value, stored) in values.iter().zip(stored.chunks_exact_mut(E::SIZE)) {
+                    E::store(E::round(*value), stored);
+                }
             }
             pack(bits, &row_codes, codes);
         }

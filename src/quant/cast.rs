@@ -11,7 +11,7 @@ use crate::dtype::Dtype;
 
 use super::grid::{Axis, Grid, PartBytes};
 use super::isa::{Isa, Kernel};
-use super::shape::{assert_lengths, is_real};
+use super::shape::is_real;
 use super::tile::{Element, Real, Tile, for_element};
 use super::{Part, Role};
 
@@ -38,8 +38,6 @@ impl CastScheme {
     }
 
     pub(super) fn encode(self, isa: Isa, tile: &Tile<'_>, out: &mut [&mut [u8]]) {
-        let parts = self.parts(&[tile.rows as u64, tile.cols as u64]);
-        assert_lengths(&parts, out.iter().map(|out| out.len()));
         let [out] = out else { unreachable!("one part") };
         for_element!(tile.data.dtype(), E => for_element!(self.to.dtype(), T => {
             let rows = out.chunks_exact_mut(tile.cols * T::SIZE);
@@ -54,16 +52,7 @@ impl CastScheme {
         }));
     }
 
-    pub(super) fn decode(
-        self,
-        dtype: Dtype,
-        (rows, cols): (usize, usize),
-        parts: &[&[u8]],
-        out: &mut [f32],
-    ) {
-        assert_eq!(out.len(), rows * cols, "number of elements");
-        let specs = self.parts(&[rows as u64, cols as u64]);
-        assert_lengths(&specs, parts.iter().map(|part| part.len()));
+    pub(super) fn decode(self, dtype: Dtype, parts: &[&[u8]], out: &mut [f32]) {
         for_element!(self.to.dtype(), T => for_element!(dtype, E => {
             for (out, &raw) in out.iter_mut().zip(T::split(parts[0])) {
                 *out = E::round(T::widen(raw));

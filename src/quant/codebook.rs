@@ -23,7 +23,7 @@ use super::codebook_search::Search;
 use super::grid::{Axis, Grid, PartBytes};
 use super::isa::{Isa, Kernel};
 use super::nested::{self, SCALES};
-use super::shape::{assert_lengths, matrix, part};
+use super::shape::{matrix, part};
 use super::survey::Survey;
 use super::tile::{Element, F32, Tile, for_element};
 use super::{Part, Quality, Role};
@@ -169,21 +169,24 @@ impl Steps {
         bit(a, 8) + bit(b, 4) + bit(c, 2) + bit(d, 1)
     }
 
-    /// The code of FP4 nearest to `y`: its entries are symmetric, so half of the midpoints do.
+    /// The code of FP4 nearest to `y`, a number: its entries are symmetric, so half of the midpoints
+    /// do.
     #[inline(always)]
     fn fp4(&self, y: f32) -> u32 {
-        let m = &self.midpoint[8..];
+        let bits = y.to_bits();
         // A midpoint belongs to the lower entry, which is the larger magnitude if it is negative.
-        let magnitude = f32::from_bits((y.to_bits() & 0x7fff_ffff) + u32::from(y < 0.0));
-        let a = magnitude > m[3];
-        let b = magnitude > if a { m[5] } else { m[1] };
-        let (low, high) = (if a { m[4] } else { m[0] }, if a { m[6] } else { m[2] });
-        let c = magnitude > if b { high } else { low };
-        let bit = |set: bool, value: u32| if set { value } else { 0 };
+        let magnitude = (bits & 0x7fff_ffff) + (bits >> 31);
+        // In the uppermost bit, whether a midpoint is less; arithmetic alone, for the compiler to do
+        // many at a time.
+        let m: [u32; 7] =
+            std::array::from_fn(|i| self.midpoint[8 + i].to_bits().wrapping_sub(magnitude));
         // The magnitudes rise in the order of codes 0, 1, 6, 7, 4, 5, 2, 3.
-        let code = bit(a, 4) ^ bit(b, 6) ^ bit(c, 1);
+        let one = m[0] ^ m[1] ^ m[2] ^ m[3] ^ m[4] ^ m[5] ^ m[6];
+        let (two, four) = (m[1] ^ m[3] ^ m[5], m[1] ^ m[5]);
         // Next to zero the other entry that is zero is the one above.
-        code | bit(if code == 0 { y > 0.0 } else { y < 0.0 }, 8)
+        let above = bits.wrapping_neg() & !bits;
+        let eight = (m[0] & bits) | (!m[0] & above);
+        one >> 31 | (two >> 30 & 2) | (four >> 29 & 4) | (eight >> 28 & 8)
     }
 }
 
@@ -250,8 +253,6 @@ impl CodebookScheme {
     pub(super) fn encode(&self, isa: Isa, tile: &Tile<'_>, survey: &Survey, out: &mut [&mut [u8]]) {
         let weights = tile.cols;
         assert_eq!(tile.rows, 1, "a run of the flattened weight");
-        let parts = self.parts(tile.data.dtype(), &[1, weights as u64]);
-        assert_lengths(&parts, out.iter().map(|out| out.len()));
         let (codes, scales) = match out {
             [codes, scales] => (codes, Scales::Plain(scales)),
             [codes, scales, largest] => {
@@ -267,17 +268,7 @@ impl CodebookScheme {
         }));
     }
 
-    pub(super) fn decode(
-        &self,
-        dtype: Dtype,
-        (rows, cols): (usize, usize),
-        parts: &[&[u8]],
-        out: &mut [f32],
-    ) {
-        assert_eq!(out.len(), rows * cols, "number of elements");
-        let mut specs = self.parts(dtype, &[rows as u64, cols as u64]);
-        specs.extend(self.scalar());
-        assert_lengths(&specs, parts.iter().map(|part| part.len()));
+    pub(super) fn decode(&self, dtype: Dtype, parts: &[&[u8]], out: &mut [f32]) {
         let codes = parts[0];
         let number = |bytes: &[u8], i: usize| F32::widen(F32::split(bytes)[i]);
         let scale = |block: usize| match *parts {
@@ -295,6 +286,9 @@ impl CodebookScheme {
         });
     }
 }
+
+/// Weights that are encoded at a time, more or less.
+const BATCH: usize = 4096;
 
 /// The encoding of one run of blocks.
 struct Encode<'a, E: Element> {
@@ -320,101 +314,137 @@ impl<E: Element> Kernel for Encode<'_, E> {
             Quality::Reference => None,
             Quality::Search => Some(Search::new(steps, block)),
         };
-        let mut encoder = Encoder { codebook, steps, codes: vec![0; block] };
-        match self.scales {
-            Scales::Plain(scales) => {
-                let codes = self.codes.chunks_mut(block / 2);
-                let scales = scales.as_chunks_mut::<4>().0;
-                for ((xs, packed), stored) in self.source.chunks(block).zip(codes).zip(scales) {
-                    let scale = choose::<E>(&mut search, xs);
-                    encoder.encode::<E>(xs, scale, packed);
-                    F32::store(F32::round(scale), stored);
-                }
+        let batch = (BATCH / block).max(1);
+        let mut encoder = Encoder::new(codebook, batch * block);
+        let mut stored = self.scales;
+        let blocks = if matches!(stored, Scales::Plain(_)) { batch } else { SCALES };
+        let mut scales = vec![0.0; blocks];
+        let runs = self.source.chunks(blocks * block);
+        let runs = runs.zip(self.codes.chunks_mut(blocks * block / 2));
+        for (i, (run, codes)) in runs.enumerate() {
+            let scales = &mut scales[..run.len().div_ceil(block)];
+            for (xs, scale) in run.chunks(block).zip(&mut *scales) {
+                let magnitude = E::magnitude(xs);
+                *scale = match &mut search {
+                    None => magnitude,
+                    Some(search) => search.scale::<E>(xs, magnitude),
+                };
             }
-            Scales::Nested { offset, codes: scale_codes, largest } => {
-                let runs = self.source.chunks(block * SCALES);
-                let codes = self.codes.chunks_mut(block * SCALES / 2);
-                let scale_codes = scale_codes.chunks_mut(SCALES);
-                let largest = largest.as_chunks_mut::<4>().0;
-                for (((run, codes), scale_codes), stored) in
-                    runs.zip(codes).zip(scale_codes).zip(largest)
-                {
-                    let blocks = || run.chunks(block);
-                    let mut scales = [0.0; SCALES];
-                    let scales = &mut scales[..scale_codes.len()];
-                    for (xs, scale) in blocks().zip(&mut *scales) {
-                        *scale = choose::<E>(&mut search, xs);
+            match &mut stored {
+                Scales::Plain(stored) => {
+                    let stored = stored.as_chunks_mut::<4>().0[i * blocks..].iter_mut();
+                    for (scale, stored) in scales.iter().zip(stored) {
+                        F32::store(F32::round(*scale), stored);
                     }
-                    let largest = nested::encode(scales, offset, scale_codes);
-                    F32::store(largest, stored);
-                    let places = scales.iter_mut().zip(scale_codes);
-                    for ((xs, packed), (scale, code)) in
-                        blocks().zip(codes.chunks_mut(block / 2)).zip(places)
-                    {
-                        if let Some(search) = &mut search {
+                }
+                Scales::Nested { offset, codes, largest } => {
+                    let codes = &mut codes[i * SCALES..][..scales.len()];
+                    let n = nested::encode(scales, *offset, codes);
+                    F32::store(n, &mut largest[i * 4..]);
+                    if let Some(search) = &mut search {
+                        let places = scales.iter_mut().zip(codes);
+                        for (xs, (scale, code)) in run.chunks(block).zip(places) {
                             let near = [*code, code.saturating_sub(1), code.saturating_add(1)];
-                            let values = near.map(|code| nested::value(code, largest, offset));
+                            let values = near.map(|code| nested::value(code, n, *offset));
                             let best = search.best::<E>(xs, values);
                             *code = near[best];
                             // What is no magnitude makes zeros of all.
                             *scale = if values[best] > 0.0 { values[best] } else { f32::INFINITY };
                         }
-                        encoder.encode::<E>(xs, *scale, packed);
                     }
                 }
+            }
+            let batches = run.chunks(batch * block).zip(scales.chunks(batch));
+            for ((xs, scales), codes) in batches.zip(codes.chunks_mut(batch * block / 2)) {
+                encoder.encode::<E>(xs, block, scales, codes);
             }
         }
     }
 }
 
-/// A block's scale.
-#[inline(always)]
-fn choose<E: Element>(search: &mut Option<Search>, xs: &[E::Raw]) -> f32 {
-    let magnitude = E::magnitude(xs);
-    match search {
-        None => magnitude,
-        Some(search) => search.scale::<E>(xs, magnitude),
-    }
-}
-
-/// Encodes block after block.
+/// Encodes runs of blocks.
 struct Encoder {
     codebook: Codebook,
     steps: Steps,
-    /// Room for one, a code to a byte.
+    /// One over each weight's scale: a block is too short for a loop of its own.
+    reciprocals: Vec<f32>,
+    /// The codes of a run, each a byte.
     codes: Vec<u8>,
 }
 
 impl Encoder {
+    /// For runs of at most `len` weights.
     #[inline(always)]
-    fn encode<E: Element>(&mut self, xs: &[E::Raw], scale: f32, packed: &mut [u8]) {
-        let codes = &mut self.codes[..xs.len()];
-        encode_block::<E>(self.codebook, &self.steps, xs, scale, codes);
-        for (byte, [first, second]) in packed.iter_mut().zip(codes.as_chunks::<2>().0) {
+    fn new(codebook: Codebook, len: usize) -> Self {
+        let steps = codebook.steps();
+        Self { codebook, steps, reciprocals: vec![0.0; len], codes: vec![0; len] }
+    }
+
+    #[inline(always)]
+    fn encode<E: Element>(
+        &mut self,
+        run: &[E::Raw],
+        block: usize,
+        scales: &[f32],
+        packed: &mut [u8],
+    ) {
+        let mut all_finite = true;
+        for (reciprocals, &scale) in self.reciprocals.chunks_mut(block).zip(scales) {
+            all_finite &= scale.is_finite();
+            reciprocals.fill(1.0 / if scale < 1e-38 { 1e-38 } else { scale });
+        }
+        // No need to clamp: beyond the last midpoint all is the last entry.
+        let pairs = run.iter().zip(&self.reciprocals).zip(&mut self.codes);
+        match self.codebook {
+            // A NaN is beyond no midpoint.
+            Codebook::Nf4 => {
+                for ((&raw, reciprocal), code) in pairs {
+                    *code = self.steps.below(E::widen(raw) * reciprocal) as u8;
+                }
+            }
+            Codebook::Fp4 => {
+                for ((&raw, reciprocal), code) in pairs {
+                    *code = self.steps.fp4(E::widen(raw) * reciprocal) as u8;
+                }
+                if !all_finite {
+                    // Products with one over such a scale are zeros and NaNs.
+                    for (codes, scale) in self.codes.chunks_mut(block).zip(scales) {
+                        if !scale.is_finite() {
+                            codes.fill(0);
+                        }
+                    }
+                }
+            }
+        }
+        for (byte, [first, second]) in packed.iter_mut().zip(self.codes.as_chunks::<2>().0) {
             *byte = first << 4 | second;
         }
     }
 }
 
-#[inline(always)]
-fn encode_block<E: Element>(
-    codebook: Codebook,
-    steps: &Steps,
-    xs: &[E::Raw],
-    scale: f32,
-    out: &mut [u8],
-) {
-    let reciprocal = 1.0 / if scale < 1e-38 { 1e-38 } else { scale };
-    // No need to clamp: beyond the last midpoint all is the last entry. A NaN is beyond none.
-    match codebook {
-        Codebook::Nf4 => {
-            for (&raw, out) in xs.iter().zip(out) {
-                *out = steps.below(E::widen(raw) * reciprocal) as u8;
-            }
-        }
-        Codebook::Fp4 => {
-            for (&raw, out) in xs.iter().zip(out) {
-                *out = steps.fp4(E::widen(raw) * reciprocal) as u8;
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The code by definition: each midpoint in turn, lowest first.
+    fn nearest(codebook: Codebook, y: f32) -> u32 {
+        let midpoints = codebook.steps().midpoint;
+        codebook.order()[midpoints.iter().filter(|midpoint| **midpoint < y).count()].into()
+    }
+
+    #[test]
+    fn codes_next_to_midpoints_and_at_the_ends_of_the_scale_are_as_defined() {
+        let ends = [0.0, f32::from_bits(1), f32::MIN_POSITIVE, 1.0, 1.001, f32::MAX, f32::INFINITY];
+        for codebook in [Codebook::Nf4, Codebook::Fp4] {
+            let steps = codebook.steps();
+            let near = steps.midpoint.into_iter().flat_map(|m| [m.next_down(), m, m.next_up()]);
+            let grid = (0..=1 << 14).map(|i| i as f32 / 16384.0);
+            for y in near.chain(ends).chain(grid).flat_map(|y| [y, -y]) {
+                let code = match codebook {
+                    Codebook::Nf4 => steps.below(y),
+                    Codebook::Fp4 => steps.fp4(y),
+                };
+                assert_eq!(code, nearest(codebook, y), "{codebook:?} of {y:e}");
             }
         }
     }

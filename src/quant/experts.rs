@@ -20,7 +20,7 @@ use crate::dtype::Dtype;
 use super::grid::{Axis, Grid, PartBytes};
 use super::isa::{Isa, Kernel};
 use super::minifloat::{E2M1_MAX, E8M0_NAN, e2m1, e2m1_rounded, e2m1_value, e8m0_value, within};
-use super::shape::{STRIPE, assert_lengths, is_real};
+use super::shape::{STRIPE, is_real};
 use super::tile::{Element, Tile, for_element};
 use super::{Part, Quality, Role};
 
@@ -75,8 +75,6 @@ impl ExpertsScheme {
     }
 
     pub(super) fn encode(&self, isa: Isa, tile: &Tile<'_>, out: &mut [&mut [u8]]) {
-        let parts = self.parts(&[tile.rows as u64, tile.cols as u64]);
-        assert_lengths(&parts, out.iter().map(|out| out.len()));
         let [codes, scales] = out else { unreachable!("two parts") };
         for_element!(tile.data.dtype(), E => isa.run(Encode::<E> {
             searched: self.quality == Quality::Search,
@@ -96,9 +94,6 @@ impl ExpertsScheme {
         parts: &[&[u8]],
         out: &mut [f32],
     ) {
-        assert_eq!(out.len(), rows * cols, "number of elements");
-        let specs = self.parts(&[rows as u64, cols as u64]);
-        assert_lengths(&specs, parts.iter().map(|part| part.len()));
         let &[codes, scales] = parts else { unreachable!("two parts") };
         for_element!(dtype, E => for (i, out) in out.iter_mut().enumerate() {
             // The place of the element in the transpose.
@@ -221,7 +216,7 @@ fn words(weights: &[[f32; LANES]; GROUP], scales: &[u32; LANES]) -> [[u32; LANES
                 let x = xs[lane];
                 let sign = if x < 0.0 { 8 } else { 0 };
                 let magnitude = within(x.abs() * reciprocals[lane], E2M1_MAX);
-                let code = (u32::from(e2m1(magnitude)) | sign) & 15;
+                let code = (e2m1(magnitude) | sign) & 15;
                 words[lane] |= code << (4 * i);
             }
         }

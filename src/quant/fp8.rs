@@ -23,7 +23,7 @@ use super::grid::Grid;
 use super::int::MODERATE;
 use super::isa::{Isa, Kernel};
 use super::minifloat::{E4M3_MAX, E4M3_NAN, E8M0_NAN, e4m3, e4m3_value, e8m0_ceil, e8m0_value};
-use super::shape::{assert_lengths, bands, matrix, part};
+use super::shape::{bands, matrix, part};
 use super::survey::Survey;
 use super::tile::{Element, F32, NAN, Tile, for_element};
 use super::{Part, Role};
@@ -118,8 +118,6 @@ impl Fp8Scheme {
 
     pub(super) fn encode(&self, isa: Isa, tile: &Tile<'_>, survey: &Survey, out: &mut [&mut [u8]]) {
         let dtype = tile.data.dtype();
-        let parts = self.parts(dtype, &[tile.rows as u64, tile.cols as u64]);
-        assert_lengths(&parts, out.iter().map(|out| out.len()));
         let (codes, scales) = out.split_first_mut().expect("there are codes");
         let block = self.block(tile.cols as u64);
         for_element!(dtype, E => isa.run(Encode::<E> {
@@ -143,10 +141,6 @@ impl Fp8Scheme {
         parts: &[&[u8]],
         out: &mut [f32],
     ) {
-        assert_eq!(out.len(), rows * cols, "number of elements");
-        let mut specs = self.parts(dtype, &[rows as u64, cols as u64]);
-        specs.extend(self.scalar(dtype));
-        assert_lengths(&specs, parts.iter().map(|part| part.len()));
         let &[codes, scales] = parts else { unreachable!("two parts") };
         let (high, wide) = match self.grain {
             Fp8Grain::Tensor => (rows as u64, cols as u64),

@@ -23,7 +23,7 @@ use super::grid::Grid;
 use super::isa::{Isa, Kernel};
 use super::pack::{pack, pack_down, packed_len, unpack, word_of};
 use super::search::{Search, Tool};
-use super::shape::{assert_lengths, bands, grouped, matrix, part};
+use super::shape::{bands, grouped, matrix, part};
 use super::tile::{Element, Extremes, Tile, for_element};
 use super::{Part, Quality, Role};
 
@@ -114,8 +114,6 @@ impl IntScheme {
 
     pub(super) fn encode(&self, isa: Isa, tile: &Tile<'_>, out: &mut [&mut [u8]]) {
         let dtype = tile.data.dtype();
-        let parts = self.parts(dtype, &[tile.rows as u64, tile.cols as u64]);
-        assert_lengths(&parts, out.iter().map(|out| out.len()));
         let (codes, rest) = out.split_first_mut().expect("codes are a part");
         let (scales, rest) = rest.split_first_mut().expect("scales are a part");
         let zero_points = rest.first_mut().map_or(&mut [][..], |z| &mut **z);
@@ -139,9 +137,6 @@ impl IntScheme {
         parts: &[&[u8]],
         out: &mut [f32],
     ) {
-        assert_eq!(out.len(), rows * cols, "number of elements");
-        let specs = self.parts(dtype, &[rows as u64, cols as u64]);
-        assert_lengths(&specs, parts.iter().map(|part| part.len()));
         for_element!(dtype, E => self.decode_as::<E>((rows, cols), parts, out));
     }
 

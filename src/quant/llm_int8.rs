@@ -15,7 +15,7 @@ use crate::dtype::Dtype;
 
 use super::grid::Grid;
 use super::isa::{Isa, Kernel};
-use super::shape::{assert_lengths, bands, matrix, part};
+use super::shape::{bands, matrix, part};
 use super::tile::{Element, F16, F32, Tile, for_element};
 use super::{Part, Role};
 
@@ -38,8 +38,6 @@ impl LlmInt8Scheme {
     }
 
     pub(super) fn encode(self, isa: Isa, tile: &Tile<'_>, out: &mut [&mut [u8]]) {
-        let parts = self.parts(&[tile.rows as u64, tile.cols as u64]);
-        assert_lengths(&parts, out.iter().map(|out| out.len()));
         let [codes, scales] = out else { unreachable!("two parts") };
         for_element!(tile.data.dtype(), E => isa.run(Encode::<E> {
             source: E::split(tile.data.bytes()),
@@ -50,16 +48,7 @@ impl LlmInt8Scheme {
         }));
     }
 
-    pub(super) fn decode(
-        self,
-        dtype: Dtype,
-        (rows, cols): (usize, usize),
-        parts: &[&[u8]],
-        out: &mut [f32],
-    ) {
-        assert_eq!(out.len(), rows * cols, "number of elements");
-        let specs = self.parts(&[rows as u64, cols as u64]);
-        assert_lengths(&specs, parts.iter().map(|part| part.len()));
+    pub(super) fn decode(self, dtype: Dtype, cols: usize, parts: &[&[u8]], out: &mut [f32]) {
         let &[codes, scales] = parts else { unreachable!("two parts") };
         for_element!(dtype, E => for (i, out) in out.iter_mut().enumerate() {
             let scale = F32::widen(F32::split(scales)[i / cols]);

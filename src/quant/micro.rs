@@ -38,7 +38,7 @@ use super::minifloat::{
     e4m3_value, e8m0_ceil, e8m0_value, within,
 };
 use super::pack::pack;
-use super::shape::{assert_lengths, bands, grouped, part};
+use super::shape::{bands, grouped, part};
 use super::survey::Survey;
 use super::tile::{Element, F32, Tile, for_element};
 use super::{Part, Quality, Role};
@@ -145,8 +145,6 @@ impl MicroScheme {
 
     pub(super) fn encode(&self, isa: Isa, tile: &Tile<'_>, survey: &Survey, out: &mut [&mut [u8]]) {
         let dtype = tile.data.dtype();
-        let parts = self.parts(dtype, &[tile.rows as u64, tile.cols as u64]);
-        assert_lengths(&parts, out.iter().map(|out| out.len()));
         let [codes, scales] = out else { unreachable!("two parts") };
         // A search, and groups of 16, are too short for the widest vectors.
         let is_short = self.quality == Quality::Search || self.group_size() == 16;
@@ -162,17 +160,7 @@ impl MicroScheme {
         }));
     }
 
-    pub(super) fn decode(
-        &self,
-        dtype: Dtype,
-        (rows, cols): (usize, usize),
-        parts: &[&[u8]],
-        out: &mut [f32],
-    ) {
-        assert_eq!(out.len(), rows * cols, "number of elements");
-        let mut specs = self.parts(dtype, &[rows as u64, cols as u64]);
-        specs.extend(self.scalar());
-        assert_lengths(&specs, parts.iter().map(|part| part.len()));
+    pub(super) fn decode(&self, dtype: Dtype, parts: &[&[u8]], out: &mut [f32]) {
         let (codes, scales) = (parts[0], parts[1]);
         let global = parts.get(2).map_or(1.0, |global| F32::widen(F32::split(global)[0]));
         let group = self.group_size() as usize;
@@ -440,14 +428,14 @@ fn e4m3_code(x: f32) -> u8 {
 #[inline(always)]
 fn e2m1_code(x: f32) -> u8 {
     let sign = if x < 0.0 { 8 } else { 0 };
-    e2m1(x.abs()) | sign
+    (e2m1(within(x.abs(), E2M1_MAX)) | sign) as u8
 }
 
 #[inline(always)]
 fn e2m1_down_code(x: f32) -> u8 {
     // 0.25 itself is rounded to zero, which has no sign.
     let sign = if x < -0.25 { 8 } else { 0 };
-    e2m1_down(x.abs()) | sign
+    (e2m1_down(x.abs()) | sign) as u8
 }
 
 /// The scale's code with the least squared error, among `reference` and those nearby.

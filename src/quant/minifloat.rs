@@ -51,21 +51,10 @@ pub(super) fn e4m3_value(code: u8) -> f32 {
     if code & 0x80 == 0 { magnitude } else { -magnitude }
 }
 
-/// The E2M1 code nearest to a magnitude, ties to even codes; what is beyond 6 becomes 6.
+/// The E2M1 code nearest to a magnitude of at most 6, ties to even codes.
 #[inline(always)]
-pub(super) fn e2m1(a: f32) -> u8 {
-    let odd = a.to_bits() >> 22 & 1;
-    e2m1_code(a, a.to_bits() + 0x1f_ffff + odd, a >= 0.75)
-}
-
-/// The E2M1 code of a magnitude, given its bits plus about half of a step between codes, and whether
-/// it is nearer to 1 than to a half.
-#[inline(always)]
-fn e2m1_code(a: f32, raised: u32, near_one: bool) -> u8 {
-    // From 1 on, codes are the bits that a float begins with.
-    let above = (raised >> 22).wrapping_sub(252).cast_signed();
-    let below = i32::from(a > 0.25) + i32::from(near_one);
-    above.max(below).min(7) as u8
+pub(super) fn e2m1(a: f32) -> u32 {
+    nearest::<1, 0>(a).0
 }
 
 /// The E2M1 magnitude nearest to one of at most 6, ties to even codes.
@@ -82,8 +71,11 @@ pub(super) fn within(magnitude: f32, largest: f32) -> f32 {
 
 /// The E2M1 code nearest to a magnitude, ties to the smaller one; what is beyond 6 becomes 6.
 #[inline(always)]
-pub(super) fn e2m1_down(a: f32) -> u8 {
-    e2m1_code(a, a.to_bits() + 0x1f_ffff, a > 0.75)
+pub(super) fn e2m1_down(a: f32) -> u32 {
+    // From 1 on, codes are the bits that a float begins with.
+    let above = ((a.to_bits() + 0x1f_ffff) >> 22).wrapping_sub(252).cast_signed();
+    let below = i32::from(a > 0.25) + i32::from(a > 0.75);
+    above.max(below).min(7).cast_unsigned()
 }
 
 /// The value of an E2M1 code of four bits.
@@ -149,7 +141,7 @@ mod tests {
     #[test]
     fn codes_are_the_nearest_and_ties_go_to_even() {
         check(0..=126, e4m3_value, e4m3);
-        check(0..=7, e2m1_value, e2m1);
+        check(0..=7, e2m1_value, |a| e2m1(a) as u8);
         for code in 0..=126 {
             assert_eq!(e4m3(-e4m3_value(code)), code | 0x80);
             assert_eq!(e4m3_value(code | 0x80), -e4m3_value(code));
@@ -163,9 +155,10 @@ mod tests {
     fn the_other_e2m1_differs_in_ties_alone() {
         for i in 0..=6 * 64 {
             let a = i as f32 / 64.0;
-            assert_eq!(e2m1_rounded(a), e2m1_value(e2m1(a)));
-            let down = e2m1_down(a);
-            if down != e2m1(a) {
+            let even = e2m1(a) as u8;
+            assert_eq!(e2m1_rounded(a), e2m1_value(even));
+            let down = e2m1_down(a) as u8;
+            if down != even {
                 assert_eq!(a, f32::midpoint(e2m1_value(down), e2m1_value(down + 1)));
             }
         }

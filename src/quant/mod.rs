@@ -10,6 +10,7 @@ mod affine_search;
 mod cast;
 mod codebook;
 mod codebook_search;
+mod examples;
 mod experts;
 mod fp8;
 mod grid;
@@ -32,10 +33,12 @@ mod tile;
 mod transposed;
 
 use crate::dtype::{Dtype, byte_len};
+use shape::assert_lengths;
 
 pub use affine::AffineScheme;
 pub use cast::CastScheme;
 pub use codebook::{Codebook, CodebookScheme, Storage};
+pub use examples::examples;
 pub use experts::ExpertsScheme;
 pub use fp8::{Fp8Grain, Fp8Scale, Fp8Scheme};
 pub use grid::{Axis, Grid, PartBytes, Window};
@@ -223,6 +226,14 @@ impl Scheme {
     ///
     /// If the tile or an output has another size.
     pub fn encode(&self, isa: Isa, tile: &Tile<'_>, survey: &Survey, out: &mut [&mut [u8]]) {
+        let mut parts = self.parts(tile.data.dtype(), &[tile.rows as u64, tile.cols as u64]);
+        // Of the stripes of a weight that is surveyed by row, the first alone has scales to write.
+        if survey.bytes_of_rows() > 0 && out[1..].iter().all(|part| part.is_empty()) {
+            parts.truncate(1);
+            assert_lengths(&parts, out[..1].iter().map(|out| out.len()));
+        } else {
+            assert_lengths(&parts, out.iter().map(|out| out.len()));
+        }
         match self {
             Self::Int(scheme) => scheme.encode(isa, tile, out),
             Self::Affine(scheme) => scheme.encode(isa, tile, out),
@@ -250,14 +261,18 @@ impl Scheme {
         parts: &[&[u8]],
         out: &mut [f32],
     ) {
+        assert_eq!(out.len(), rows * cols, "number of elements");
+        let mut specs = self.parts(dtype, &[rows as u64, cols as u64]);
+        specs.extend(self.scalar(dtype));
+        assert_lengths(&specs, parts.iter().map(|part| part.len()));
         match self {
             Self::Int(scheme) => scheme.decode(dtype, (rows, cols), parts, out),
-            Self::Affine(scheme) => scheme.decode(dtype, (rows, cols), parts, out),
-            Self::Micro(scheme) => scheme.decode(dtype, (rows, cols), parts, out),
+            Self::Affine(scheme) => scheme.decode(dtype, cols, parts, out),
+            Self::Micro(scheme) => scheme.decode(dtype, parts, out),
             Self::Fp8(scheme) => scheme.decode(dtype, (rows, cols), parts, out),
-            Self::Codebook(scheme) => scheme.decode(dtype, (rows, cols), parts, out),
-            Self::LlmInt8(scheme) => scheme.decode(dtype, (rows, cols), parts, out),
-            Self::Cast(scheme) => scheme.decode(dtype, (rows, cols), parts, out),
+            Self::Codebook(scheme) => scheme.decode(dtype, parts, out),
+            Self::LlmInt8(scheme) => scheme.decode(dtype, cols, parts, out),
+            Self::Cast(scheme) => scheme.decode(dtype, parts, out),
             Self::Transposed(scheme) => scheme.decode(dtype, (rows, cols), parts, out),
             Self::Experts(scheme) => scheme.decode(dtype, (rows, cols), parts, out),
         }

@@ -53,16 +53,30 @@ static MIDPOINTS: [f32; 255] = {
     midpoints
 };
 
+/// Scales whose codes are looked for together, for their steps to overlap.
+const LANES: usize = 8;
+
 /// Codes of up to 256 scales with the mean `offset`; returns their `n`, NaN if there is any.
 pub(super) fn encode(scales: &[f32], offset: f32, codes: &mut [u8]) -> f32 {
     let distances = scales.iter().map(|scale| (scale - offset).abs());
     // Bit patterns of magnitudes order as integers, NaNs last.
     let largest = F32::round(f32::from_bits(distances.map(f32::to_bits).fold(0, u32::max)));
     let reciprocal = 1.0 / if largest < 1e-38 { 1e-38 } else { largest };
-    for (scale, code) in scales.iter().zip(codes) {
-        let y = (scale - offset) * reciprocal;
+    for (scales, codes) in scales.chunks(LANES).zip(codes.chunks_mut(LANES)) {
+        let mut y = [0.0; LANES];
+        for (y, scale) in y.iter_mut().zip(scales) {
+            *y = (scale - offset) * reciprocal;
+        }
         // A midpoint belongs to the lower entry. A NaN is beyond none.
-        *code = MIDPOINTS.partition_point(|midpoint| *midpoint < y) as u8;
+        let mut below = [0; LANES];
+        for bit in (0..8).rev() {
+            for (below, y) in below.iter_mut().zip(&y) {
+                *below += usize::from(MIDPOINTS[*below + (1 << bit) - 1] < *y) << bit;
+            }
+        }
+        for (code, below) in codes.iter_mut().zip(&below) {
+            *code = *below as u8;
+        }
     }
     largest
 }

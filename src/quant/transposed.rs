@@ -30,7 +30,7 @@ use super::int::{Codes, Fit, Granularity, MODERATE};
 use super::isa::{Isa, Kernel};
 use super::pack::{pack, packed_len, unpack, word_of};
 use super::search::{Search, Tool};
-use super::shape::{assert_lengths, grouped, matrix, part, stripes};
+use super::shape::{grouped, matrix, part, stripes};
 use super::survey::Survey;
 use super::tile::{Element, Extremes, F16, Tile, for_element};
 use super::{Part, Quality, Role};
@@ -129,10 +129,6 @@ impl TransposedScheme {
     pub(super) fn encode(&self, isa: Isa, tile: &Tile<'_>, survey: &Survey, out: &mut [&mut [u8]]) {
         let dtype = tile.data.dtype();
         let fits = survey.fits();
-        let parts = self.parts(dtype, &[tile.rows as u64, tile.cols as u64]);
-        let is_later = !fits.is_empty() && out[1..].iter().all(|part| part.is_empty());
-        let made = if is_later { &parts[..1] } else { &parts[..] };
-        assert_lengths(made, out[..made.len()].iter().map(|out| out.len()));
         let [codes, scales, zeros] = out else { unreachable!("three parts") };
         for_element!(dtype, E => isa.run(Encode::<E> {
             scheme: self,
@@ -154,9 +150,6 @@ impl TransposedScheme {
         parts: &[&[u8]],
         out: &mut [f32],
     ) {
-        assert_eq!(out.len(), rows * cols, "number of elements");
-        let specs = self.parts(dtype, &[rows as u64, cols as u64]);
-        assert_lengths(&specs, parts.iter().map(|part| part.len()));
         let &[codes, scales, zeros] = parts else { unreachable!("three parts") };
         let group = self.group(cols as u64) as usize;
         let row_words = packed_len(rows, self.bits) / 4;

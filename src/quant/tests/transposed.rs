@@ -94,18 +94,11 @@ fn naive(f: Float, s: TransposedScheme, (rows, cols): (usize, usize), weight: &[
 }
 
 pub(super) fn schemes(quality: Quality) -> Vec<TransposedScheme> {
-    let mut out = vec![];
-    let granularity = Granularity::Group(32);
-    for order in [TransposedOrder::GptqV1, TransposedOrder::GptqV2, TransposedOrder::AwqGemm] {
-        for bits in [2, 3, 4, 8] {
-            for symmetric in [true, false] {
-                if order != TransposedOrder::AwqGemm || bits == 4 && !symmetric {
-                    out.push(TransposedScheme { bits, granularity, symmetric, order, quality });
-                }
-            }
-        }
-    }
-    out
+    let of = |scheme| match scheme {
+        Scheme::Transposed(scheme) => Some(scheme),
+        _ => None,
+    };
+    examples(quality, 32).into_iter().filter_map(of).collect()
 }
 
 #[test]
