@@ -44,7 +44,7 @@ pub(super) static V1: Gptq = Gptq {
     readers: &[
         ran("transformers", "5.23 + gptqmodel 7.7.0, a Llama (`scripts/gptqmodel.sh`)"),
         ran("gptqmodel", "7.7.0, symmetric (`scripts/gptqmodel.sh`)"),
-        ran("vLLM", "0.32 (CPU, `scripts/vllm.sh`), 4 bits"),
+        ran("vLLM", "0.32 (CPU, `scripts/vllm.sh`), 4 bits, symmetric"),
         by_layout("SGLang"),
     ],
     order: TransposedOrder::GptqV1,
@@ -58,7 +58,7 @@ pub(super) static V2: Gptq = Gptq {
     readers: &[
         ran("transformers", "5.23 + gptqmodel 7.7.0, a Llama (`scripts/gptqmodel.sh`)"),
         ran("gptqmodel", "7.7.0 (`scripts/gptqmodel.sh`)"),
-        by_layout("vLLM"),
+        ran("vLLM", "0.32 (CPU, `scripts/vllm.sh`), 4 bits, symmetric"),
     ],
     order: TransposedOrder::GptqV2,
     checkpoint_format: "gptq_v2",
