@@ -7,8 +7,10 @@ Measurements: mount (a model of DeepSeek-V3's size, sparse), read (int4 at refer
 quality against the same files shown as they are, in turn, each on a fresh mount, the source in the
 page cache), memory (a model of --gib GiB read through once), cgroup (the same from cold disk, mount
 and reader in a memory control group of 256 MiB, against no limit; needs root), export (to --dir,
-best a tmpfs, with the model in the page cache). All of them if none is named. Prints a Markdown
-table. Needs a release build, root or a usable /dev/fuse, and nothing but Python.
+best a tmpfs, with the model in the page cache), load (transformers' from_pretrained of a fresh mount
+against an exported copy, both in the page cache, at reference quality; in the environment that
+tests/consumers/run.sh makes). All of them if none is named. Prints a Markdown table. Needs a release
+build, root or a usable /dev/fuse, and but for load nothing but Python.
 """
 
 import argparse
@@ -365,12 +367,51 @@ def measure_export(work, options):
     shutil.rmtree(model)
 
 
+LOAD = """
+import sys, time, torch
+from transformers import AutoModelForCausalLM
+started = time.perf_counter()
+AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
+print(time.perf_counter() - started)
+"""
+
+
+def seconds_to_load(directory):
+    python = ROOT / "target/consumers/bin/python"
+    done = subprocess.run([python, "-c", LOAD, directory], check=True, capture_output=True, text=True)
+    return float(done.stdout)
+
+
+def measure_load(work, options):
+    model, copy = work / "model", work / "copy"
+    subprocess.run([TOY, model, "--gib", str(min(options.gib, 4))], check=True)
+    recipe = ["--bits", "4", "--quality", "reference"]
+    subprocess.run([BIN, "export", model, copy, *recipe, "--quiet"], check=True)
+    seconds = {"mount": [], "copy": []}
+    for _ in range(options.rounds):
+        read_all(copy, "read")
+        seconds["copy"].append(seconds_to_load(copy))
+        read_all(model, "read")
+        with Mount(model, *recipe) as mount:
+            seconds["mount"].append(seconds_to_load(mount.point))
+    ratios = [a / b for a, b in zip(seconds["mount"], seconds["copy"])]
+    yield (
+        f"`from_pretrained` of a mount, {read_all(model, 'read') / (1 << 30):.1f} GiB of source, int4, reference",
+        f"{statistics.median(seconds['mount']):.2f} s",
+        f"{statistics.median(ratios):.2f} times the exported copy's "
+        f"{statistics.median(seconds['copy']):.2f} s, in the same round",
+    )
+    shutil.rmtree(model)
+    shutil.rmtree(copy)
+
+
 MEASUREMENTS = {
     "mount": measure_mount,
     "read": measure_read,
     "memory": measure_memory,
     "cgroup": measure_cgroup,
     "export": measure_export,
+    "load": measure_load,
 }
 
 

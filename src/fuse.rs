@@ -65,17 +65,18 @@ impl Counters {
 
 impl Session {
     /// Answers the kernel's first request on `device`, an open `/dev/fuse` that is mounted already.
-    /// Files belong to `owner`, a user and a group.
+    /// Files belong to `owner`, a user and a group. If `null`, every read gets zeros.
     ///
     /// # Errors
     /// `Io` where the kernel hangs up or speaks a protocol from before 2006.
-    pub fn open(view: Arc<View>, device: OwnedFd, owner: (u32, u32)) -> Result<Self> {
+    pub fn open(view: Arc<View>, device: OwnedFd, owner: (u32, u32), null: bool) -> Result<Self> {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let readers = (2 * cores).clamp(8, 32);
         let counters = Arc::new(Counters::default());
         let kernel = Kernel {
             view,
             owner,
+            null,
             reads: Reads::new(readers),
             counters: counters.clone(),
             logged: Mutex::new(HashMap::new()),
@@ -108,6 +109,8 @@ impl Session {
 struct Kernel {
     view: Arc<View>,
     owner: (u32, u32),
+    /// Whether reads get zeros.
+    null: bool,
     reads: Reads,
     counters: Arc<Counters>,
     /// When the errors of a file were last logged, and how many were not since.
@@ -188,9 +191,12 @@ impl Kernel {
             let buffer = &mut buffer[..len];
             // A panic here would end the thread, and soon the mount. The view's locks don't poison
             // and its caches publish nothing that isn't whole.
-            let outcome =
-                catch_unwind(AssertUnwindSafe(|| self.view.read_at(file, offset, buffer)))
-                    .unwrap_or_else(|_| Err(Error::new(ErrorKind::Io, "the read panicked")));
+            let read = || match self.null {
+                true => Ok(self.due(file, offset, len)),
+                false => self.view.read_at(file, offset, buffer),
+            };
+            let outcome = catch_unwind(AssertUnwindSafe(read))
+                .unwrap_or_else(|_| Err(Error::new(ErrorKind::Io, "the read panicked")));
             self.counters.reads.fetch_add(1, Ordering::Relaxed);
             match outcome.and_then(|read| self.whole(file, offset, len, read)) {
                 Ok(read) => reply.data(&buffer[..read]),
@@ -206,11 +212,18 @@ impl Kernel {
         }
     }
 
+    /// How many of the bytes that were asked for a file has.
+    fn due(&self, file: NodeId, offset: u64, len: usize) -> usize {
+        match self.view.tree().nodes()[file].kind {
+            NodeKind::File { size } => size.saturating_sub(offset).min(len as u64) as usize,
+            NodeKind::Dir { .. } => 0,
+        }
+    }
+
     /// To the kernel a short reply means that the file has shrunk, for good.
     fn whole(&self, file: NodeId, offset: u64, len: usize, read: usize) -> Result<usize> {
-        let NodeKind::File { size } = self.view.tree().nodes()[file].kind else { return Ok(read) };
-        let due = size.saturating_sub(offset).min(len as u64);
-        if read as u64 == due {
+        let due = self.due(file, offset, len);
+        if read == due {
             return Ok(read);
         }
         Err(Error::new(ErrorKind::Io, format!("read {read} bytes of {due} at offset {offset}")))

@@ -5,12 +5,20 @@ use std::sync::LazyLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
+use rustix::time::{ClockId, Timespec, clock_gettime};
+
 /// Threads that work at a time; to start more takes longer than they save.
 static THREADS: LazyLock<usize> =
     LazyLock::new(|| thread::available_parallelism().map_or(1, usize::from).min(16));
 
 /// What one thread is given of many small pieces of work, at least.
 const RUN: usize = 1 << 12;
+
+/// CPU time in nanoseconds, of this process or this thread.
+pub(crate) fn cpu_ns(clock: ClockId) -> u64 {
+    let Timespec { tv_sec, tv_nsec } = clock_gettime(clock);
+    tv_sec.unsigned_abs() * 1_000_000_000 + tv_nsec.unsigned_abs()
+}
 
 /// `f` of every position below `count`, in their order.
 pub(crate) fn map<T: Send>(count: usize, f: impl Fn(usize) -> T + Sync) -> Vec<T> {

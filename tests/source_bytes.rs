@@ -3,6 +3,7 @@
 mod support;
 
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use aq_fs::format::FORMATS;
 use aq_fs::quant::Granularity;
@@ -79,5 +80,31 @@ fn a_sequential_pass_reads_the_source_once_and_a_surveyed_weight_twice() {
         let most = if model.plan().surveys.is_empty() { 1.1 } else { 2.1 };
         let ratio = view.stats().source_bytes as f64 / model.source_len() as f64;
         assert!((1.0..=most).contains(&ratio), "{request:?}: {ratio} of at most {most}");
+    }
+}
+
+#[test]
+fn whoever_comes_to_the_end_of_a_shard_finds_the_next_one_begun() {
+    let dir = tempfile::tempdir().expect("a directory");
+    llama(dir.path());
+    let read_first_shard = |ahead| {
+        let budget = Budget { cache: 8 << 20, chunk: 64 << 10, ahead };
+        let view = View::open(dir.path(), &Request::default(), budget).expect("a view");
+        let (file, ..) = view.shards().find(|(.., shard)| *shard == 0).expect("the first");
+        let NodeKind::File { size } = view.tree().nodes()[file].kind else {
+            panic!("a shard is a file")
+        };
+        let mut buf = vec![0; 16 << 10];
+        for offset in (0..size).step_by(buf.len()) {
+            view.read_at(file, offset, &mut buf).expect("readable");
+        }
+        view
+    };
+    let of_the_first = read_first_shard(0).stats().cache_misses;
+    let view = read_first_shard(128 << 10);
+    let started = Instant::now();
+    while view.stats().cache_misses == of_the_first {
+        assert!(started.elapsed() < Duration::from_secs(20), "nothing of the next was encoded");
+        std::thread::sleep(Duration::from_millis(2));
     }
 }

@@ -1,5 +1,6 @@
 //! The command line: flags to requests, errors to exit codes.
 
+mod bench;
 mod export;
 mod inspect;
 mod mount;
@@ -41,6 +42,7 @@ enum Command {
     Inspect(inspect::InspectArgs),
     /// Write what a mount would show to a directory
     Export(export::ExportArgs),
+    Bench(bench::BenchArgs),
 }
 
 const AFTER_HELP: &str = "\
@@ -70,6 +72,7 @@ pub fn run() -> ExitCode {
         Command::Status(args) => status::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Export(args) => export::run(&args),
+        Command::Bench(args) => bench::run(&args),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
@@ -356,7 +359,15 @@ struct BudgetArgs {
     cache_size: Option<u64>,
 }
 
+/// Encoded ahead of each sequential reader of a mount, in bytes.
+const AHEAD: u64 = 16 << 20;
+
 impl BudgetArgs {
+    /// That of a mount.
+    fn mounted(&self) -> Budget {
+        Budget { ahead: AHEAD, ..self.budget() }
+    }
+
     fn budget(&self) -> Budget {
         let budget = Budget::default();
         let cache = self.cache_size.unwrap_or_else(|| budget.cache.min(memory::limit() / 8));

@@ -11,10 +11,7 @@ use tracing_subscriber::EnvFilter;
 use super::{BudgetArgs, RecipeArgs, bytes, print, warn_all};
 use crate::error::{Error, Result};
 use crate::mount::{self, Options, Ready};
-use crate::view::{Budget, View};
-
-/// Encoded ahead of each sequential reader, in bytes.
-const AHEAD: u64 = 16 << 20;
+use crate::view::View;
 
 /// Mount a model as a quantized one
 ///
@@ -83,7 +80,8 @@ pub(super) fn run(args: &MountArgs) -> Result<()> {
     // The subcommand is the first argument: nothing may stand before it.
     let given = std::env::args_os().skip(2);
     let subcommand = ["mount", "--daemon"].map(OsString::from);
-    announce(args, &mount::start(subcommand.into_iter().chain(given))?)
+    let (ready, _) = mount::start(subcommand.into_iter().chain(given))?;
+    announce(args, &ready)
 }
 
 fn in_background(args: &MountArgs) -> Result<()> {
@@ -105,14 +103,13 @@ fn in_background(args: &MountArgs) -> Result<()> {
 }
 
 fn open(args: &MountArgs) -> Result<View> {
-    let budget = Budget { ahead: AHEAD, ..args.budget.budget() };
-    args.recipe.open(&args.model, budget)
+    args.recipe.open(&args.model, args.budget.mounted())
 }
 
 fn options(args: &MountArgs, log: Option<PathBuf>) -> Result<Options> {
     let mountpoint = std::path::absolute(&args.mountpoint)
         .map_err(|cause| Error::io(args.mountpoint.display(), cause))?;
-    Ok(Options { mountpoint, allow_other: args.allow_other, log })
+    Ok(Options { mountpoint, allow_other: args.allow_other, log, null: false })
 }
 
 fn announce(args: &MountArgs, ready: &Ready) -> Result<()> {

@@ -34,14 +34,7 @@ impl Format for Awq {
     }
 
     fn takes(&self) -> Takes {
-        Takes {
-            bits: &[4],
-            grain: Grain::GroupsOrChannel(GROUPS),
-            symmetry: Some(false),
-            scale_format: false,
-            storage: false,
-            double_quant: false,
-        }
+        Takes::new(&[4], Grain::GroupsOrChannel(GROUPS), Some(false))
     }
 
     fn readers(&self) -> &'static [Reader] {

@@ -86,14 +86,8 @@ impl Format for FourBit {
     }
 
     fn takes(&self) -> Takes {
-        Takes {
-            bits: &[4],
-            grain: Grain::FlatBlocks(&[64, 32, 128, 256, 512, 1024, 2048, 4096]),
-            symmetry: Some(true),
-            scale_format: false,
-            storage: true,
-            double_quant: true,
-        }
+        let grain = Grain::FlatBlocks(&[64, 32, 128, 256, 512, 1024, 2048, 4096]);
+        Takes { storage: true, double_quant: true, ..Takes::new(&[4], grain, Some(true)) }
     }
 
     fn readers(&self) -> &'static [Reader] {
@@ -165,14 +159,7 @@ impl Format for Int8 {
     }
 
     fn takes(&self) -> Takes {
-        Takes {
-            bits: &[8],
-            grain: Grain::Channel,
-            symmetry: Some(true),
-            scale_format: false,
-            storage: false,
-            double_quant: false,
-        }
+        Takes::new(&[8], Grain::Channel, Some(true))
     }
 
     fn readers(&self) -> &'static [Reader] {

@@ -47,14 +47,7 @@ impl Format for PackQuantized {
     }
 
     fn takes(&self) -> Takes {
-        Takes {
-            bits: &[4, 2, 3, 5, 6, 7, 8],
-            grain: Grain::Any(128),
-            symmetry: None,
-            scale_format: false,
-            storage: false,
-            double_quant: false,
-        }
+        Takes::new(&[4, 2, 3, 5, 6, 7, 8], Grain::Any(128), None)
     }
 
     fn readers(&self) -> &'static [Reader] {
@@ -97,14 +90,7 @@ impl Format for IntQuantized {
     }
 
     fn takes(&self) -> Takes {
-        Takes {
-            bits: &[8],
-            grain: Grain::Channel,
-            symmetry: Some(true),
-            scale_format: false,
-            storage: false,
-            double_quant: false,
-        }
+        Takes::new(&[8], Grain::Channel, Some(true))
     }
 
     fn readers(&self) -> &'static [Reader] {

@@ -64,7 +64,7 @@ pub(super) struct CtFloat {
 pub(super) static FP8: CtFloat = CtFloat {
     name: "ct-fp8",
     about: "FP8 per channel, activations per token, for transformers, vLLM, SGLang and mistral.rs",
-    takes: takes(8, Grain::Channel),
+    takes: Takes::new(&[8], Grain::Channel, Some(true)),
     readers: &[TRANSFORMERS, VLLM, by_layout("SGLang"), MISTRAL_RS],
     experts: Some(&FP8),
     scheme: |_| fp8(Fp8Grain::Channel),
@@ -80,7 +80,7 @@ pub(super) static FP8: CtFloat = CtFloat {
 pub(super) static FP8_TENSOR: CtFloat = CtFloat {
     name: "ct-fp8-tensor",
     about: "FP8 per tensor, activations per tensor, for transformers, vLLM and SGLang",
-    takes: takes(8, Grain::Tensor),
+    takes: Takes::new(&[8], Grain::Tensor, Some(true)),
     experts: Some(&FP8_TENSOR),
     scheme: |_| fp8(Fp8Grain::Tensor),
     suffixes: &["weight"],
@@ -96,7 +96,7 @@ pub(super) static FP8_TENSOR: CtFloat = CtFloat {
 pub(super) static FP8_BLOCK: CtFloat = CtFloat {
     name: "ct-fp8-block",
     about: "FP8 per block of 128 x 128, for transformers, vLLM, SGLang and mistral.rs",
-    takes: takes(8, Grain::Squares(128)),
+    takes: Takes::new(&[8], Grain::Squares(128), Some(true)),
     readers: &[TRANSFORMERS, by_layout("vLLM"), by_layout("SGLang"), MISTRAL_RS],
     experts: Some(&FP8),
     scheme: |_| fp8(Fp8Grain::Block(128)),
@@ -121,7 +121,7 @@ pub(super) static FP8_BLOCK: CtFloat = CtFloat {
 pub(super) static NVFP4: CtFloat = CtFloat {
     name: "ct-nvfp4",
     about: "NVFP4, weight-only, for transformers, vLLM, SGLang and mistral.rs",
-    takes: takes(4, Grain::Groups(&[16])),
+    takes: Takes::new(&[4], Grain::Groups(&[16]), Some(true)),
     experts: None,
     scheme: |quality| micro(MicroFloat::E2m1, MicroDialect::TensorGroup, quality),
     suffixes: &["weight_packed", "weight_scale"],
@@ -143,7 +143,7 @@ pub(super) static NVFP4: CtFloat = CtFloat {
 pub(super) static MXFP4: CtFloat = CtFloat {
     name: "ct-mxfp4",
     about: "MXFP4, weight-only, for transformers and vLLM",
-    takes: takes(4, Grain::Groups(&[32])),
+    takes: Takes::new(&[4], Grain::Groups(&[32]), Some(true)),
     readers: &[TRANSFORMERS, by_layout("vLLM")],
     experts: Some(&MXFP4),
     scheme: |quality| micro(MicroFloat::E2m1, MicroDialect::CompressedTensors, quality),
@@ -159,7 +159,7 @@ pub(super) static MXFP4: CtFloat = CtFloat {
 pub(super) static MXFP8: CtFloat = CtFloat {
     name: "ct-mxfp8",
     about: "MXFP8, weight-only, for transformers and vLLM",
-    takes: takes(8, Grain::Groups(&[32])),
+    takes: Takes::new(&[8], Grain::Groups(&[32]), Some(true)),
     readers: &[TRANSFORMERS, by_layout("vLLM")],
     experts: None,
     scheme: |quality| micro(MicroFloat::E4m3, MicroDialect::CompressedTensors, quality),
@@ -177,18 +177,6 @@ const MISTRAL_RS: Reader = ran("mistral.rs", "0.9.5, a Llama (`tests/consumers/m
 
 const TRANSFORMERS: Reader =
     ran("transformers", "5.23 + compressed-tensors 0.20.0, a Llama (`tests/consumers/formats.py`)");
-
-const fn takes(bits: u8, grain: Grain) -> Takes {
-    let bits: &[u8] = if bits == 4 { &[4] } else { &[8] };
-    Takes {
-        bits,
-        grain,
-        symmetry: Some(true),
-        scale_format: false,
-        storage: false,
-        double_quant: false,
-    }
-}
 
 fn fp8(grain: Fp8Grain) -> Scheme {
     Scheme::Fp8(Fp8Scheme { grain, scale: Fp8Scale::Source, whole_blocks: false })

@@ -29,14 +29,7 @@ impl Format for Dense {
     }
 
     fn takes(&self) -> Takes {
-        Takes {
-            bits: &[],
-            grain: Grain::None,
-            symmetry: None,
-            scale_format: false,
-            storage: false,
-            double_quant: false,
-        }
+        Takes::new(&[], Grain::None, None)
     }
 
     fn readers(&self) -> &'static [Reader] {

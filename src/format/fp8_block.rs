@@ -34,14 +34,7 @@ impl Format for Fp8Block {
     }
 
     fn takes(&self) -> Takes {
-        Takes {
-            bits: &[8],
-            grain: Grain::Squares(128),
-            symmetry: Some(true),
-            scale_format: true,
-            storage: false,
-            double_quant: false,
-        }
+        Takes { scale_format: true, ..Takes::new(&[8], Grain::Squares(128), Some(true)) }
     }
 
     fn readers(&self) -> &'static [Reader] {

@@ -77,14 +77,7 @@ impl Format for Gptq {
     }
 
     fn takes(&self) -> Takes {
-        Takes {
-            bits: &[4, 2, 3, 8],
-            grain: Grain::GroupsOrChannel(GROUPS),
-            symmetry: None,
-            scale_format: false,
-            storage: false,
-            double_quant: false,
-        }
+        Takes::new(&[4, 2, 3, 8], Grain::GroupsOrChannel(GROUPS), None)
     }
 
     fn readers(&self) -> &'static [Reader] {

@@ -47,7 +47,7 @@ pub(super) static AFFINE: Mlx = Mlx {
     name: "mlx",
     about: "affine integers of 2, 3, 4, 5, 6 or 8 bits, for mlx-lm",
     mode: "affine",
-    takes: takes(&[4, 2, 3, 5, 6, 8], &[64, 32, 128], Some(false)),
+    takes: Takes::new(&[4, 2, 3, 5, 6, 8], Grain::Groups(&[64, 32, 128]), Some(false)),
     scheme: |bits, group_size, quality| Scheme::Affine(AffineScheme { bits, group_size, quality }),
 };
 
@@ -56,7 +56,7 @@ pub(super) static MXFP4: Mlx = Mlx {
     name: "mlx-mxfp4",
     about: "MXFP4, for mlx-lm",
     mode: "mxfp4",
-    takes: takes(&[4], &[32], Some(true)),
+    takes: Takes::new(&[4], Grain::Groups(&[32]), Some(true)),
     scheme: |_, _, quality| micro(MicroFloat::E2m1, MicroDialect::MlxPower, quality),
 };
 
@@ -65,7 +65,7 @@ pub(super) static MXFP8: Mlx = Mlx {
     name: "mlx-mxfp8",
     about: "MXFP8, for mlx-lm",
     mode: "mxfp8",
-    takes: takes(&[8], &[32], Some(true)),
+    takes: Takes::new(&[8], Grain::Groups(&[32]), Some(true)),
     scheme: |_, _, quality| micro(MicroFloat::E4m3, MicroDialect::MlxPower, quality),
 };
 
@@ -74,14 +74,9 @@ pub(super) static NVFP4: Mlx = Mlx {
     name: "mlx-nvfp4",
     about: "NVFP4 without a global scale, for mlx-lm",
     mode: "nvfp4",
-    takes: takes(&[4], &[16], Some(true)),
+    takes: Takes::new(&[4], Grain::Groups(&[16]), Some(true)),
     scheme: |_, _, quality| micro(MicroFloat::E2m1, MicroDialect::MlxE4m3, quality),
 };
-
-const fn takes(bits: &'static [u8], groups: &'static [u32], symmetry: Option<bool>) -> Takes {
-    let grain = Grain::Groups(groups);
-    Takes { bits, grain, symmetry, scale_format: false, storage: false, double_quant: false }
-}
 
 fn micro(float: MicroFloat, dialect: MicroDialect, quality: Quality) -> Scheme {
     Scheme::Micro(MicroScheme { float, dialect, quality })

@@ -34,14 +34,7 @@ impl Format for Mxfp4 {
     }
 
     fn takes(&self) -> Takes {
-        Takes {
-            bits: &[4],
-            grain: Grain::Groups(&[32]),
-            symmetry: Some(true),
-            scale_format: false,
-            storage: false,
-            double_quant: false,
-        }
+        Takes::new(&[4], Grain::Groups(&[32]), Some(true))
     }
 
     fn readers(&self) -> &'static [Reader] {

@@ -45,6 +45,11 @@ pub enum Grain {
 }
 
 impl Takes {
+    /// With these, and nothing else to choose.
+    pub const fn new(bits: &'static [u8], grain: Grain, symmetry: Option<bool>) -> Self {
+        Self { bits, grain, symmetry, scale_format: false, storage: false, double_quant: false }
+    }
+
     /// The bits asked for, or the default.
     pub(super) fn bits(&self, request: &Request) -> u8 {
         request.bits.unwrap_or(self.bits[0])
@@ -180,12 +185,8 @@ mod tests {
     #[test]
     fn refuses_by_name_what_a_format_does_not_have() {
         let takes = Takes {
-            bits: &[3, 2, 8],
-            grain: Grain::Groups(&[64, 32]),
-            symmetry: Some(false),
-            scale_format: false,
             storage: true,
-            double_quant: false,
+            ..Takes::new(&[3, 2, 8], Grain::Groups(&[64, 32]), Some(false))
         };
         let request = Request::default;
         let cases = [

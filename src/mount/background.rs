@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Write};
 use std::path::PathBuf;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 
 use serde::{Deserialize, Serialize};
 
@@ -52,12 +52,12 @@ enum Kind {
     Io,
 }
 
-/// Runs this program again with `args`, in the background, and returns once its mount answers. The
-/// program must then call [`daemonize`].
+/// Runs this program again with `args`, in the background, and returns once its mount answers, with
+/// the process that serves it. The program must then call [`daemonize`].
 ///
 /// # Errors
 /// Whatever kept it from mounting; `Io` where it ended without a word.
-pub fn start(args: impl IntoIterator<Item = OsString>) -> Result<Ready> {
+pub fn start(args: impl IntoIterator<Item = OsString>) -> Result<(Ready, Child)> {
     let failed = |cause| Error::io("start the mount in the background", cause);
     // The name that the program was found by, unless its file has been replaced since.
     let program = std::env::current_exe().ok().filter(|path| path.exists());
@@ -77,7 +77,7 @@ pub fn start(args: impl IntoIterator<Item = OsString>) -> Result<Ready> {
                 match table::pulse(&ready.mountpoint) {
                     Pulse::Silent => {}
                     Pulse::Dead => break,
-                    Pulse::Alive => return Ok(ready),
+                    Pulse::Alive => return Ok((ready, child)),
                 }
             }
             let _ = unmount(&ready.mountpoint);

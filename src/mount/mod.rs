@@ -19,6 +19,7 @@ use std::thread::JoinHandle;
 use std::time::Instant;
 
 use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::time::ClockId;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::{Handle, Signals};
 
@@ -31,6 +32,7 @@ pub use unmount::{Unmounted, mountpoints, unmount};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::{Counters, Session};
+use crate::threads::cpu_ns;
 use crate::view::View;
 use kernel::Detached;
 use speed::Speed;
@@ -49,6 +51,9 @@ pub struct Options {
     pub allow_other: bool,
     /// Where this process logs to, for [`Status`].
     pub log: Option<PathBuf>,
+    /// Whether reads get zeros that lie ready in memory: what is then measured is the kernel and the
+    /// session, without the view.
+    pub null: bool,
 }
 
 /// Mounts the view that `open` returns, calls `ready` when it is mounted, and serves it until it is
@@ -94,7 +99,7 @@ fn serve(
     ready: &mut dyn FnMut(Ready) -> Result<()>,
 ) -> Result<()> {
     let owner = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
-    let session = Session::open(view.clone(), device, owner)?;
+    let session = Session::open(view.clone(), device, owner, options.null)?;
     raise_read_ahead(attached.number);
 
     let status = describe(&view, attached.number, mountpoint, options.log.clone());
@@ -283,6 +288,7 @@ fn figures(status: Status, view: Arc<View>, counters: Arc<Counters>) -> impl Fn(
         Status {
             reads: counters.reads(),
             read_errors: counters.errors(),
+            cpu_ns: cpu_ns(ClockId::ProcessCPUTime),
             stats,
             rates: speed.since_asked(Instant::now(), stats.output_bytes, stats.source_bytes),
             warnings: status.warnings.iter().cloned().chain(view.spoilt()).collect(),

@@ -46,6 +46,9 @@ pub struct Status {
     pub reads: u64,
     /// Reads that failed.
     pub read_errors: u64,
+    /// CPU time that its process has taken, in nanoseconds.
+    #[serde(default)]
+    pub cpu_ns: u64,
     /// What the view has done and holds.
     #[serde(default)]
     pub stats: Stats,
@@ -167,6 +170,7 @@ impl Status {
             warnings: Vec::new(),
             reads: 0,
             read_errors: 0,
+            cpu_ns: 0,
             stats: Stats::default(),
             rates: Rates::default(),
             advice: None,

@@ -1,6 +1,6 @@
 //! Encoded chunks within a budget, each encoded by one thread at a time.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -16,11 +16,16 @@ pub(super) type ChunkKey = (u32, u32);
 /// The parts of an encoded chunk, in the scheme's order.
 pub(super) type Parts = Arc<[Arc<Buffer>]>;
 
+/// Bytes of codes that are kept though their reader is past them.
+const SPENT: u64 = 16 << 20;
+
 /// Encoded chunks by weight and chunk, under a budget of bytes.
 ///
 /// The first part of a chunk, its codes, and the rest are evicted apart, each by least recent use.
 /// A sequential reader meets all codes of a weight before the first of its scales, and a chunk must
-/// not be encoded twice for that: scales outlive the codes that they were made with.
+/// not be encoded twice for that: scales outlive the codes that they were made with. Codes that were
+/// read to their end are spent ([`spend`](Self::spend)): another cache has them now, and their memory,
+/// which the processor's caches still hold, is used for the next chunks.
 #[derive(Debug)]
 pub(super) struct Cache {
     state: Mutex<State>,
@@ -32,6 +37,9 @@ pub(super) struct Cache {
 struct State {
     /// Codes, and all other parts.
     kept: [Kept; 2],
+    /// Codes that somebody has read to their end, the first of them first, and their bytes.
+    spent: VecDeque<(ChunkKey, u64)>,
+    spent_bytes: u64,
     making: HashMap<ChunkKey, Arc<Flight>>,
 }
 
@@ -64,6 +72,8 @@ impl Cache {
         Self {
             state: Mutex::new(State {
                 kept: [kept(budget - small), kept(small)],
+                spent: VecDeque::new(),
+                spent_bytes: 0,
                 making: HashMap::new(),
             }),
             hits: AtomicU64::new(0),
@@ -128,6 +138,26 @@ impl Cache {
             state.making.insert(key, Arc::default());
         }
         self.make(key, &make).map(drop)
+    }
+
+    /// Notes that the codes of a chunk were read to their end, and won't be soon again.
+    pub(super) fn spend(&self, key: ChunkKey) {
+        let mut evicted = Vec::new();
+        let mut state = self.state.lock();
+        let State { kept: [codes, _], spent, spent_bytes, .. } = &mut *state;
+        let Some(buffer) = codes.parts.peek(&(key, 0)) else { return };
+        spent.push_back((key, buffer.len() as u64));
+        *spent_bytes += buffer.len() as u64;
+        while *spent_bytes > SPENT {
+            let (oldest, len) = spent.pop_front().expect("bytes are those of the codes spent");
+            *spent_bytes -= len;
+            if let Some(buffer) = codes.parts.pop(&(oldest, 0)) {
+                codes.bytes -= buffer.len() as u64;
+                evicted.push(buffer);
+            }
+        }
+        drop(state);
+        drop(evicted);
     }
 
     /// Bytes kept, and parts found and not found since the start.
@@ -269,6 +299,25 @@ mod tests {
         }
         cache.get((0, 3), 0, || Ok(parts(3))).expect("made");
         assert!(cache.get((0, 0), 0, || Err(error::stale("gone"))).is_err());
+    }
+
+    #[test]
+    fn of_codes_that_were_spent_the_first_go_first() {
+        let cache = Cache::new(1 << 30);
+        let codes = |chunk| vec![Buffer::from(vec![chunk as u8; 7 << 20]), Buffer::from(vec![1])];
+        for chunk in 0..4 {
+            cache.get((0, chunk), 0, || Ok(codes(chunk))).expect("made");
+        }
+        for chunk in [2, 0, 1] {
+            cache.spend((0, chunk));
+        }
+        cache.spend((9, 9));
+        assert_eq!(cache.usage().0, 4 + 3 * (7 << 20), "16 MiB hold two that are spent");
+        for (chunk, kept) in [(0, true), (1, true), (2, false), (3, true)] {
+            let gone = || Err(error::stale("gone"));
+            assert_eq!(cache.get((0, chunk), 0, gone).is_ok(), kept, "{chunk}");
+            assert!(cache.get((0, chunk), 1, gone).is_ok(), "scales are spent by nobody");
+        }
     }
 
     #[test]

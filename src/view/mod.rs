@@ -118,19 +118,20 @@ enum Content {
     },
 }
 
-/// Byte counts since the view was opened.
+/// Counts since the view was opened.
 #[derive(Debug, Default)]
 struct Counters {
     source: Counter,
     output: Counter,
+    encode_ns: Counter,
 }
 
 #[derive(Debug, Default)]
 struct Counter(AtomicU64);
 
 impl Counter {
-    fn add(&self, bytes: u64) {
-        self.0.fetch_add(bytes, Ordering::Relaxed);
+    fn add(&self, count: u64) {
+        self.0.fetch_add(count, Ordering::Relaxed);
     }
 
     fn get(&self) -> u64 {
@@ -153,6 +154,9 @@ pub struct Stats {
     pub source_bytes: u64,
     /// Bytes returned to readers.
     pub output_bytes: u64,
+    /// CPU time, in nanoseconds, in which source was read, decoded, surveyed and encoded.
+    #[serde(default)]
+    pub encode_ns: u64,
     /// Source files open.
     pub open_files: usize,
     /// Address space that they are mapped to.
@@ -244,6 +248,7 @@ impl View {
             cache_misses,
             source_bytes: self.shared.engine.counters.source.get(),
             output_bytes: self.shared.engine.counters.output.get(),
+            encode_ns: self.shared.engine.counters.encode_ns.get(),
             open_files,
             mapped_bytes,
         }
@@ -331,7 +336,8 @@ impl View {
                     let _ = shared.models[model].prepare(&shared.engine, weight, chunk);
                 })
             });
-            let chunks = self.shared.models[model].chunks_of(&self.shared.engine, shard, next);
+            let Shared { models, engine } = &*self.shared;
+            let chunks = models[model].chunks_across(engine, shard, next);
             workers.offer(chunks.map(|(weight, chunk)| Chunk { model, weight, chunk }));
         }
     }

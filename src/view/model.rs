@@ -4,6 +4,8 @@ use std::hash::Hasher;
 use std::ops::Range;
 use std::sync::Arc;
 
+use rustix::time::ClockId;
+
 use super::buffers::{Buffer, Buffers};
 use super::cache::{Cache, ChunkKey};
 use super::index::{self, VirtualIndex};
@@ -18,7 +20,7 @@ use crate::recipe::Request;
 use crate::source::{
     Checkpoint, Edit, SourceFiles, Tensor, TensorId, Window, edited, edited_within,
 };
-use crate::threads;
+use crate::threads::{self, cpu_ns};
 
 /// A checkpoint and what a format makes of it.
 #[derive(Debug)]
@@ -259,6 +261,10 @@ impl Model {
             let bytes = engine.cache.get(key, part, || self.encode(engine, weight, chunk))?;
             let skipped = (first - range.start) as usize;
             out.copy_from_slice(&bytes[skipped..skipped + out.len()]);
+            // Where nobody encodes ahead, nobody reads through the kernel, which keeps what it read.
+            if part == 0 && end >= range.end && engine.budget.ahead > 0 {
+                engine.cache.spend(key);
+            }
         }
         Ok(())
     }
@@ -288,9 +294,22 @@ impl Model {
         engine.cache.prepare(self.key(weight, chunk), || self.encode(engine, weight, chunk))
     }
 
-    /// The weights and chunks whose codes lie in a range of a virtual shard, which may end beyond
-    /// it. Scales come with the codes that stand before them.
-    pub(super) fn chunks_of(
+    /// The weights and chunks whose codes lie in a range that starts in a virtual shard and may end
+    /// beyond it, in the next one: whoever reads a shard to its end goes on there. Scales come with
+    /// the codes that stand before them.
+    pub(super) fn chunks_across(
+        &self,
+        engine: &Engine,
+        shard: usize,
+        range: Range<u64>,
+    ) -> impl Iterator<Item = (usize, u64)> {
+        let beyond = range.end.saturating_sub(self.shards[shard].len());
+        let next = (shard + 1 < self.shards.len() && beyond > 0)
+            .then(|| self.chunks_of(engine, shard + 1, 0..beyond));
+        self.chunks_of(engine, shard, range).chain(next.into_iter().flatten())
+    }
+
+    fn chunks_of(
         &self,
         engine: &Engine,
         shard: usize,
@@ -406,10 +425,13 @@ impl Model {
             cols: place.cols,
         };
         engine.counters.source.add(self.checkpoint.window_len(tensor, &window));
-        self.checkpoint.with_window(&engine.files, tensor, window, |bytes, stride| {
+        let begun = cpu_ns(ClockId::ThreadCPUTime);
+        let made = self.checkpoint.with_window(&engine.files, tensor, window, |bytes, stride| {
             let data = Reals::new(dtype, bytes).expect("the scheme accepted the type");
             f(&Tile { data, rows: place.rows as usize, cols: place.cols as usize, stride })
-        })
+        });
+        engine.counters.encode_ns.add(cpu_ns(ClockId::ThreadCPUTime) - begun);
+        made
     }
 
     fn key(&self, weight: usize, chunk: u64) -> ChunkKey {
