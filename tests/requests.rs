@@ -146,6 +146,7 @@ fn what_a_loader_can_t_load_is_refused_with_the_module_and_a_way_out() {
     let asymmetric =
         |sets| Request { symmetric: Some(false), ..request("compressed-tensors", sets) };
     let bits = |bits| Request { bits: Some(bits), ..ct() };
+    let gptq = |symmetric| Request { symmetric: Some(symmetric), ..request("gptq", &[]) };
     let cases = [
         ("transformers", &llama, ct(), None),
         ("transformers", &llama, asymmetric(&[]), None),
@@ -177,6 +178,14 @@ fn what_a_loader_can_t_load_is_refused_with_the_module_and_a_way_out() {
             request("compressed-tensors", &["*.o_proj=4/16"]),
             Some("groups of 32, 64"),
         ),
+        ("vllm", &llama, gptq(true), None),
+        (
+            "vllm",
+            &llama,
+            gptq(false),
+            Some("no GPTQ of int4, groups of 128, asymmetric, search (`"),
+        ),
+        ("vllm", &llama, request("awq", &[]), None),
         ("vllm", &llama, request("mlx", &[]), Some("vllm reads no mlx: dense, compressed-tensors")),
         ("mlx-lm", &llama, request("mlx", &[]), None),
         ("mlx-lm", &oddly, request("mlx", &[]), Some("and no weights.safetensors")),

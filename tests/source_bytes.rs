@@ -6,6 +6,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use aq_fs::format::FORMATS;
+use aq_fs::quant::Granularity;
 use aq_fs::recipe::Request;
 use aq_fs::view::{Budget, NodeKind, View};
 use safetensors::Dtype;
@@ -57,9 +58,12 @@ fn a_sequential_pass_reads_the_source_once_and_a_surveyed_weight_twice() {
     let dir = tempfile::tempdir().expect("a directory");
     llama(dir.path());
     let names = FORMATS.iter().map(|format| format.name());
-    let plain = names.filter(|name| !support::is_for_gpt_oss(name)).map(|name| (name, false));
-    for (format, double_quant) in plain.chain([("bnb-nf4", true), ("bnb-fp4", true)]) {
-        let request = Request { format: format.to_owned(), double_quant, ..Request::default() };
+    let of = |name: &str| Request { format: name.to_owned(), ..Request::default() };
+    let plain = names.filter(|name| !support::is_for_gpt_oss(name)).map(of);
+    let double = ["bnb-nf4", "bnb-fp4"].map(|name| Request { double_quant: true, ..of(name) });
+    let channel = ["gptq", "gptq-v2", "awq"]
+        .map(|name| Request { granularity: Some(Granularity::Channel), ..of(name) });
+    for request in plain.chain(double).chain(channel) {
         // Far less than the 3 MB of 4-bit codes; a weight has 8 chunks or more.
         let budget = Budget { cache: 1 << 20, chunk: 64 << 10, ahead: 0 };
         let view = View::open(dir.path(), &request, budget).expect("a view");

@@ -42,8 +42,9 @@ impl Format for Awq {
             &[
                 ran("vLLM", "0.32 (CPU, `scripts/vllm.sh`)"),
                 ran("mlx-lm", "0.32.2, a Llama (`tests/consumers/mlx_formats.py`)"),
+                ran("transformers", "5.23 + gptqmodel 7.7.0, a Llama (`scripts/gptqmodel.sh`)"),
+                ran("gptqmodel", "7.7.0 (`scripts/gptqmodel.sh`)"),
                 by_layout("SGLang"),
-                by_layout("transformers"),
             ]
         }
     }

@@ -65,7 +65,7 @@ pub(super) static FP8: CtFloat = CtFloat {
     name: "ct-fp8",
     about: "FP8 per channel, activations per token, for transformers, vLLM, SGLang and mistral.rs",
     takes: Takes::new(&[8], Grain::Channel, Some(true)),
-    readers: &[TRANSFORMERS, by_layout("vLLM"), by_layout("SGLang"), MISTRAL_RS],
+    readers: &[TRANSFORMERS, VLLM, by_layout("SGLang"), MISTRAL_RS],
     experts: Some(&FP8),
     scheme: |quality| fp8(Fp8Grain::Channel, quality),
     suffixes: &["weight", "weight_scale"],
@@ -170,6 +170,8 @@ pub(super) static MXFP8: CtFloat = CtFloat {
     weights: of_32,
     activations: || Value::Null,
 };
+
+const VLLM: Reader = ran("vLLM", "0.32 (CPU, `scripts/vllm.sh`)");
 
 const MISTRAL_RS: Reader = ran("mistral.rs", "0.9.5, a Llama (`tests/consumers/mistral.py`)");
 

@@ -81,7 +81,9 @@ impl Format for Dense {
             let own = Real::new(tensor.dtype).filter(|_| !tensor.shape.contains(&0));
             match (weights.next_if(|weight| weight.tensor == id), own, request.dtype) {
                 (Some(weight), Some(own), to) => {
-                    plan.show(Weight { decoded: Some(to.unwrap_or(own)), ..weight });
+                    // Its chunks are whole rows.
+                    let survey = weight.survey.filter(|_| !weight.scheme.is_surveyed_by_row());
+                    plan.show(Weight { decoded: Some(to.unwrap_or(own)), survey, ..weight });
                 }
                 (None, Some(own), Some(to)) if to != own => plan.cast(id, to),
                 _ => plan.keep(id),

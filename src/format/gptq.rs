@@ -42,10 +42,10 @@ pub(super) static V1: Gptq = Gptq {
     name: "gptq",
     about: "GPTQ integers of 2, 3, 4 or 8 bits, for vLLM, SGLang, gptqmodel and transformers",
     readers: &[
-        ran("vLLM", "0.32 (CPU, `scripts/vllm.sh`), 4 bits"),
+        ran("transformers", "5.23 + gptqmodel 7.7.0, a Llama (`scripts/gptqmodel.sh`)"),
+        ran("gptqmodel", "7.7.0, symmetric (`scripts/gptqmodel.sh`)"),
+        ran("vLLM", "0.32 (CPU, `scripts/vllm.sh`), 4 bits, symmetric"),
         by_layout("SGLang"),
-        by_layout("gptqmodel"),
-        by_layout("transformers"),
     ],
     order: TransposedOrder::GptqV1,
     checkpoint_format: "gptq",
@@ -54,8 +54,12 @@ pub(super) static V1: Gptq = Gptq {
 /// `gptq-v2`: the zeros themselves.
 pub(super) static V2: Gptq = Gptq {
     name: "gptq-v2",
-    about: "GPTQ's second version, which stores zero points as they are, for gptqmodel and vLLM",
-    readers: &[by_layout("gptqmodel"), by_layout("vLLM")],
+    about: "GPTQ's second version, which stores zero points as they are, for gptqmodel, transformers and vLLM",
+    readers: &[
+        ran("transformers", "5.23 + gptqmodel 7.7.0, a Llama (`scripts/gptqmodel.sh`)"),
+        ran("gptqmodel", "7.7.0 (`scripts/gptqmodel.sh`)"),
+        ran("vLLM", "0.32 (CPU, `scripts/vllm.sh`), 4 bits, symmetric"),
+    ],
     order: TransposedOrder::GptqV2,
     checkpoint_format: "gptq_v2",
 };

@@ -25,7 +25,7 @@ pub struct Window {
 }
 
 /// The work split of one weight: chunks of a source rectangle each, which together tile the weight,
-/// and in each part contiguous byte ranges, which together tile the part.
+/// and in each part contiguous byte ranges, some of them empty, which together tile the part.
 ///
 /// The weight is viewed as `slabs` equal matrices below one another, `slabs * rows` x `cols` (a
 /// matrix is one slab, `[E, in, out]` experts are `E`, a flat run of blocks is one row). Each slab
@@ -56,8 +56,8 @@ struct Spread {
 pub struct PartBytes {
     /// Made by a whole unit.
     pub unit: u64,
-    /// Made by a slab. At most `unit` times its units, more than `unit` times its whole units if
-    /// there is a partial one.
+    /// Made by a slab. At most `unit` times its units, and more than `unit` times its whole units if
+    /// there is a partial one; or `unit`, where the first unit makes all of it.
     pub slab: u64,
 }
 
@@ -115,13 +115,14 @@ impl Grid {
         }
     }
 
-    /// The bytes of part `part` that chunk `k` makes.
+    /// The bytes of part `part` that chunk `k` makes; none where the first of its slab makes all.
     pub fn range(&self, part: usize, k: u64) -> Range<u64> {
         let (slab, place) = self.locate(k);
         let Spread { chunk, slab: slab_bytes } = self.parts[part];
         let base = slab * slab_bytes;
-        let end = if place + 1 == self.chunks_of_slab() { slab_bytes } else { (place + 1) * chunk };
-        base + place * chunk..base + end
+        let is_last = place + 1 == self.chunks_of_slab();
+        let end = if is_last { slab_bytes } else { slab_bytes.min((place + 1) * chunk) };
+        base + end.min(place * chunk)..base + end
     }
 
     /// The chunk that makes byte `offset` of part `part`. The offset lies in the part.
@@ -175,7 +176,7 @@ mod tests {
                 for k in 0..grid.chunks() {
                     let range = grid.range(p, k);
                     assert_eq!(range.start, end, "{grid:?}");
-                    assert!(range.start < range.end, "{grid:?}");
+                    assert!(range.start < range.end || bytes.unit == bytes.slab, "{grid:?}");
                     assert!(range.clone().all(|o| grid.chunk_at(p, o) == k), "{grid:?}");
                     end = range.end;
                 }
@@ -195,6 +196,8 @@ mod tests {
         check((1, 1, 200), Axis::Cols, 64, &[part(32, 100), part(4, 16)]);
         // Column stripes of 32 inputs, packed down 16 outputs.
         check((1, 16, 96), Axis::Cols, 32, &[part(4 * 4 * 16, 3 * 256), part(32, 96)]);
+        // As before, with scales that the first stripe makes for all.
+        check((1, 16, 96), Axis::Cols, 32, &[part(4 * 4 * 16, 3 * 256), part(32, 32)]);
         // Five experts of [8, 12], stripes of 4 outputs.
         check((5, 8, 12), Axis::Cols, 4, &[part(16, 48), part(4, 12)]);
         check((5, 9, 4), Axis::Rows, 2, &[part(4, 18)]);

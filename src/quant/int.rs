@@ -233,7 +233,7 @@ impl Codes {
 }
 
 /// The scale and zero point of a group, both as stored.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, PartialEq, Debug)]
 pub(super) struct Fit {
     pub(super) scale: f32,
     pub(super) zero_point: f32,

@@ -198,13 +198,30 @@ impl Scheme {
 
     /// Whether every window of a weight must have been surveyed before the first can be encoded.
     pub fn is_surveyed(&self) -> bool {
-        self.scalar(Dtype::F32).is_some()
+        self.scalar(Dtype::F32).is_some() || self.is_surveyed_by_row()
     }
 
-    /// Adds the window of one chunk to what is known of a weight. Windows come in the grid's order.
+    /// Whether what is surveyed are rows, of which chunks hold parts. Whole rows, as those of
+    /// [`decoded_grid`](Self::decoded_grid), are encoded without.
+    pub fn is_surveyed_by_row(&self) -> bool {
+        matches!(self, Self::Transposed(scheme) if scheme.granularity == Granularity::Channel)
+    }
+
+    /// How an accepted weight is cut into windows of about `source_bytes` to be surveyed.
+    pub fn survey_grid(&self, dtype: Dtype, shape: &[u64], source_bytes: u64) -> Grid {
+        if self.is_surveyed_by_row() {
+            let element = (dtype.bitsize() / 8) as u64;
+            return Grid::new((1, shape[0], shape[1]), Axis::Rows, 1, &[], element, source_bytes);
+        }
+        self.grid(dtype, shape, source_bytes)
+    }
+
+    /// Adds one window of [`survey_grid`](Self::survey_grid) to what is known of a weight. Windows
+    /// come in its order.
     pub fn survey(&self, isa: Isa, tile: &Tile<'_>, survey: &mut Survey) {
         match self {
             _ if !self.is_surveyed() => {}
+            Self::Transposed(scheme) => scheme.survey(isa, tile, survey),
             Self::Codebook(scheme) => survey.add_blocks(isa, tile, scheme.block_size as usize),
             _ => survey.add_magnitudes(isa, tile),
         }
@@ -252,8 +269,14 @@ impl Scheme {
     ///
     /// If the tile or an output has another size.
     pub fn encode(&self, isa: Isa, tile: &Tile<'_>, survey: &Survey, out: &mut [&mut [u8]]) {
-        let parts = self.parts(tile.data.dtype(), &[tile.rows as u64, tile.cols as u64]);
-        assert_lengths(&parts, out.iter().map(|out| out.len()));
+        let mut parts = self.parts(tile.data.dtype(), &[tile.rows as u64, tile.cols as u64]);
+        // Of the stripes of a weight that is surveyed by row, the first alone has scales to write.
+        if survey.bytes_of_rows() > 0 && out[1..].iter().all(|part| part.is_empty()) {
+            parts.truncate(1);
+            assert_lengths(&parts, out[..1].iter().map(|out| out.len()));
+        } else {
+            assert_lengths(&parts, out.iter().map(|out| out.len()));
+        }
         match self {
             Self::Int(scheme) => scheme.encode(isa, tile, out),
             Self::Affine(scheme) => scheme.encode(isa, tile, out),
@@ -262,7 +285,7 @@ impl Scheme {
             Self::Codebook(scheme) => scheme.encode(isa, tile, survey, out),
             Self::LlmInt8(scheme) => scheme.encode(isa, tile, out),
             Self::Cast(scheme) => scheme.encode(isa, tile, out),
-            Self::Transposed(scheme) => scheme.encode(isa, tile, out),
+            Self::Transposed(scheme) => scheme.encode(isa, tile, survey, out),
             Self::Experts(scheme) => scheme.encode(isa, tile, out),
         }
     }

@@ -60,6 +60,8 @@ impl Scheme {
         to: Real,
         out: &mut [u8],
     ) {
+        let none = Survey::default();
+        let survey = if self.is_surveyed_by_row() { &none } else { survey };
         let dtype = tile.data.dtype();
         let element = dtype.bitsize() / 8;
         let (rows, cols) = match self.unit(&[tile.rows as u64, tile.cols as u64]) {

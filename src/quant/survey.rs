@@ -1,21 +1,41 @@
 //! What must be known of whole weights before a chunk can be encoded.
 
+use super::int::Fit;
 use super::isa::{Isa, Kernel};
 use super::tile::{Element, F32, Tile, for_element};
 
 /// Statistics of a weight, or of several that share a scale, gathered window by window.
 ///
-/// Windows come in the grid's order, one weight after the other. However they are cut, the outcome is
-/// the same.
-#[derive(Clone, Copy, PartialEq, Debug, Default)]
+/// Windows come in the order of [`Scheme::survey_grid`], one weight after the other. However they are
+/// cut, the outcome is the same.
+///
+/// [`Scheme::survey_grid`]: super::Scheme::survey_grid
+#[derive(Clone, PartialEq, Debug, Default)]
 pub struct Survey {
     magnitude: f32,
     /// Of the largest magnitudes of blocks.
     sum: f64,
     blocks: u64,
+    /// Scale and zero point of every row.
+    fits: Vec<Fit>,
 }
 
 impl Survey {
+    /// Bytes of memory beyond the survey itself: what it knows of every row.
+    pub fn bytes_of_rows(&self) -> usize {
+        size_of_val(&self.fits[..])
+    }
+
+    /// Scale and zero point of every row, as [`add_fits`](Self::add_fits) had them.
+    pub(super) fn fits(&self) -> &[Fit] {
+        &self.fits
+    }
+
+    /// Adds the scales and zero points of the next rows.
+    pub(super) fn add_fits(&mut self, fits: &[Fit]) {
+        self.fits.extend_from_slice(fits);
+    }
+
     /// The largest magnitude; NaN if there is any NaN.
     pub(super) fn magnitude(&self) -> f32 {
         self.magnitude

@@ -17,6 +17,9 @@
 //! a NaN or an infinity has a scale that isn't finite, and codes of its zero wherever one comes out
 //! as NaN.
 //!
+//! Lines of codes hold some inputs of every output, so chunks are stripes of columns. Where a scale is
+//! a whole row's, scales and zero points are surveyed row by row first.
+//!
 //! GPTQ's first version stores zeros less 1, subtracted from whole words: a zero of 0 borrows from
 //! its neighbour, and loaders differ in how they undo that, so the search has no such zeros there.
 
@@ -29,6 +32,7 @@ use super::pack::{pack, packed_len, unpack, word_of};
 use super::refine::{Refiner, Refining};
 use super::search::{Search, Tool};
 use super::shape::{grouped, matrix, part, stripes};
+use super::survey::Survey;
 use super::tile::{Element, Extremes, F16, Tile, for_element, widen};
 use super::{Part, Quality, Role};
 
@@ -101,12 +105,32 @@ impl TransposedScheme {
     }
 
     pub(super) fn grid(&self, dtype: Dtype, shape: &[u64], source_bytes: u64) -> Grid {
-        let unit = self.group(shape[1]);
+        let unit = match self.granularity {
+            Granularity::Group(size) => size.into(),
+            // Whole words of codes.
+            Granularity::Channel => 32,
+        };
         stripes(dtype, shape, unit, |shape| self.parts(dtype, shape), source_bytes)
     }
 
-    pub(super) fn encode(&self, isa: Isa, tile: &Tile<'_>, out: &mut [&mut [u8]]) {
+    /// Adds scales and zero points of whole rows.
+    pub(super) fn survey(&self, isa: Isa, tile: &Tile<'_>, survey: &mut Survey) {
+        for_element!(tile.data.dtype(), E => isa.run(FitRows::<E> {
+            scheme: self,
+            source: E::split(tile.data.bytes()),
+            rows: tile.rows,
+            cols: tile.cols,
+            stride: tile.stride,
+            finder: self.finder(isa, tile),
+            survey,
+        }));
+    }
+
+    /// Encodes a tile: whole rows, or some columns of all rows whose scales and zero points were
+    /// surveyed. Of the latter only the first stripe has scales and zero points to write.
+    pub(super) fn encode(&self, isa: Isa, tile: &Tile<'_>, survey: &Survey, out: &mut [&mut [u8]]) {
         let dtype = tile.data.dtype();
+        let fits = survey.fits();
         let [codes, scales, zeros] = out else { unreachable!("three parts") };
         for_element!(dtype, E => isa.run(Encode::<E> {
             scheme: self,
@@ -114,7 +138,8 @@ impl TransposedScheme {
             rows: tile.rows,
             cols: tile.cols,
             stride: tile.stride,
-            refining: Refining::new(isa, self.quality, tile),
+            finder: if fits.is_empty() { self.finder(isa, tile) } else { None },
+            fits,
             codes,
             scales,
             zeros,
@@ -160,6 +185,20 @@ impl TransposedScheme {
                 *out = E::round((f32::from(code) - f32::from(zero_at(g, r))) * scale);
             }
         });
+    }
+
+    /// What finds scales and zero points for whole rows of a tile; none at reference quality.
+    fn finder(&self, isa: Isa, tile: &Tile<'_>) -> Option<Finder> {
+        if self.quality == Quality::Reference {
+            return None;
+        }
+        let (range, len) = (Codes::offset(self.bits), self.group(tile.cols as u64) as usize);
+        let mut search = Search::new(range, self.symmetric, len);
+        let mut refiner = Refiner::new(range, self.symmetric, len);
+        if self.order == TransposedOrder::GptqV1 {
+            (search, refiner) = (search.without_lowest_zero(), refiner.without_lowest_zero());
+        }
+        Some(Finder { search, refiner, refining: Refining::new(isa, self.quality, tile) })
     }
 
     fn is_gemm(&self) -> bool {
@@ -220,7 +259,7 @@ impl Tool for GptqModel {
             // The sum has a spacing of 1. Zero is added to what was rounded, not before.
             ((x + 12_582_912.0).to_bits() as u8).wrapping_add(zero)
         };
-        if MODERATE.contains(&scale) {
+        if MODERATE.contains(&scale.abs()) {
             for (&raw, out) in group.iter().zip(out) {
                 *out = code(E::widen(raw) / scale);
             }
@@ -238,6 +277,68 @@ impl Tool for GptqModel {
     }
 }
 
+/// What finds scales and zero points with less error than gptqmodel's.
+#[derive(Debug)]
+struct Finder {
+    search: Search,
+    refiner: Refiner,
+    refining: Option<Refining>,
+}
+
+impl Finder {
+    /// The codes of a whole row, with the scale and zero point of each of its groups.
+    #[inline(always)]
+    fn encode_row<E: Element>(&mut self, row: &[E::Raw], codes: &mut [u8], fits: &mut [Fit]) {
+        self.search.encode_row::<E, GptqModel>(row, codes, fits);
+        if let Some(Refining { isa, row: xs, importance }) = &mut self.refining {
+            widen::<E>(row, xs);
+            let stored = GptqModel::stored::<E>;
+            self.refiner.refine_row(*isa, xs, importance, stored, codes, fits);
+        }
+    }
+}
+
+/// The scale and zero point of a row that has one of each, as its codes are made with. Where they are
+/// searched for, `codes` is scratch for as many codes as the row has.
+#[inline(always)]
+fn fit_row<E: Element>(
+    scheme: &TransposedScheme,
+    finder: &mut Option<Finder>,
+    row: &[E::Raw],
+    codes: &mut [u8],
+) -> Fit {
+    let Some(finder) = finder else {
+        let range = Codes::offset(scheme.bits);
+        return GptqModel::fit::<E>(range, scheme.symmetric, E::extremes(row));
+    };
+    let mut fit = [Fit { scale: 0.0, zero_point: 0.0 }];
+    finder.encode_row::<E>(row, codes, &mut fit);
+    fit[0]
+}
+
+/// The survey of a band of rows.
+struct FitRows<'a, E: Element> {
+    scheme: &'a TransposedScheme,
+    source: &'a [E::Raw],
+    rows: usize,
+    cols: usize,
+    stride: usize,
+    finder: Option<Finder>,
+    survey: &'a mut Survey,
+}
+
+impl<E: Element> Kernel for FitRows<'_, E> {
+    #[inline(always)]
+    fn run(mut self) {
+        let mut codes = vec![0; self.cols];
+        for r in 0..self.rows {
+            let row = &self.source[r * self.stride..][..self.cols];
+            let fit = fit_row::<E>(self.scheme, &mut self.finder, row, &mut codes);
+            self.survey.add_fits(&[fit]);
+        }
+    }
+}
+
 /// The encoding of one tile.
 struct Encode<'a, E: Element> {
     scheme: &'a TransposedScheme,
@@ -245,7 +346,9 @@ struct Encode<'a, E: Element> {
     rows: usize,
     cols: usize,
     stride: usize,
-    refining: Option<Refining>,
+    finder: Option<Finder>,
+    /// Of every row; none where rows have several, or are whole.
+    fits: &'a [Fit],
     codes: &'a mut [u8],
     scales: &'a mut [u8],
     zeros: &'a mut [u8],
@@ -254,21 +357,11 @@ struct Encode<'a, E: Element> {
 impl<E: Element> Kernel for Encode<'_, E> {
     #[inline(always)]
     fn run(mut self) {
-        let TransposedScheme { bits, symmetric, order, quality, .. } = *self.scheme;
+        let TransposedScheme { bits, granularity, symmetric, order, .. } = *self.scheme;
         let (rows, cols) = (self.rows, self.cols);
         let group = self.scheme.group(cols as u64) as usize;
         let groups = cols / group;
         let range = Codes::offset(bits);
-        let is_v1 = order == TransposedOrder::GptqV1;
-        let mut search = match quality {
-            Quality::Reference => None,
-            Quality::Search | Quality::Best => {
-                let search = Search::new(range, symmetric, group);
-                Some(if is_v1 { search.without_lowest_zero() } else { search })
-            }
-        };
-        let refiner = Refiner::new(range, symmetric, group);
-        let mut refiner = if is_v1 { refiner.without_lowest_zero() } else { refiner };
         // Rows whose codes share a word, and words that a row's codes take part in.
         let (sharing, width) = match order {
             TransposedOrder::AwqGemm => (8, cols),
@@ -294,16 +387,15 @@ impl<E: Element> Kernel for Encode<'_, E> {
                 for r in first..rows.min(first + sharing) {
                     let row = &self.source[r * self.stride..][..cols];
                     let codes = &mut row_codes[(r - first) * code_pitch..][..cols];
-                    match &mut search {
-                        Some(search) => {
-                            search.encode_row::<E, GptqModel>(row, codes, &mut fits);
-                            if let Some(Refining { isa, row: xs, importance }) = &mut self.refining
-                            {
-                                widen::<E>(row, xs);
-                                let stored = GptqModel::stored::<E>;
-                                refiner.refine_row(*isa, xs, importance, stored, codes, &mut fits);
-                            }
+                    match &mut self.finder {
+                        _ if granularity == Granularity::Channel => {
+                            fits[0] = match self.fits.get(r) {
+                                Some(fit) => *fit,
+                                None => fit_row::<E>(self.scheme, &mut self.finder, row, codes),
+                            };
+                            GptqModel::codes::<E>(range, symmetric, fits[0], row, codes);
                         }
+                        Some(finder) => finder.encode_row::<E>(row, codes, &mut fits),
                         None => {
                             let pairs = row.chunks_exact(group).zip(codes.chunks_exact_mut(group));
                             for ((group, codes), fit) in pairs.zip(&mut fits) {
@@ -313,7 +405,9 @@ impl<E: Element> Kernel for Encode<'_, E> {
                         }
                     }
                     for (g, fit) in fits.iter().enumerate() {
-                        F16::store(F16::round(fit.scale), &mut scales[g * rows + r]);
+                        if let Some(scale) = scales.get_mut(g * rows + r) {
+                            F16::store(F16::round(fit.scale), scale);
+                        }
                         zeros[g * rows.next_multiple_of(8) + r] = range.byte(fit.zero_point);
                     }
                 }

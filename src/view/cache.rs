@@ -180,7 +180,8 @@ impl Cache {
                 let mut evicted = Vec::new();
                 let flight = {
                     let mut state = cache.state.lock();
-                    for (part, buffer) in parts.iter().flat_map(|parts| parts.iter().enumerate()) {
+                    let parts = parts.iter().flat_map(|parts| parts.iter().enumerate());
+                    for (part, buffer) in parts.filter(|(_, buffer)| !buffer.is_empty()) {
                         state.kept[class(part)].push((*key, part), buffer.clone(), &mut evicted);
                     }
                     state.making.remove(key)

@@ -16,7 +16,7 @@ use super::survey::Surveys;
 use super::{Budget, Counters};
 use crate::error::Result;
 use crate::format::{Content, Format, Item, Plan, Weight, json_with};
-use crate::quant::{Grid, Isa, Reals, Survey, Tile};
+use crate::quant::{self, Grid, Importance, Isa, Reals, Survey, Tile};
 use crate::recipe::Request;
 use crate::source::{
     Checkpoint, Edit, ImportanceFile, SourceFiles, Tensor, TensorId, Window, edited, edited_within,
@@ -353,17 +353,10 @@ impl Model {
         let survey = self.survey(engine, weight)?;
         let key = self.key(weight, chunk);
         let grid = self.grid(weight, engine.budget.chunk);
-        let position = weight;
-        let weight = self.plan.weights[position];
-        let tensor = &self.checkpoint.catalog()[weight.tensor];
         let mut numbers = Vec::new();
-        let importance = match &self.importance {
-            None => None,
-            Some(importances) => {
-                let weight = (position, &weight, tensor);
-                importances.of_window(&engine.files, weight, &grid.window(chunk), &mut numbers)?
-            }
-        };
+        let importance = self.importance_of(engine, weight, &grid.window(chunk), &mut numbers)?;
+        let weight = self.plan.weights[weight];
+        let tensor = &self.checkpoint.catalog()[weight.tensor];
         let mut parts = weight.parts(tensor);
         let mut buffers: Vec<Buffer> = (0..parts.len())
             .map(|part| grid.range(part, chunk))
@@ -388,19 +381,43 @@ impl Model {
         Ok(buffers)
     }
 
+    /// What the errors of a window of a weight count for. `numbers` lends the memory.
+    fn importance_of<'a>(
+        &self,
+        engine: &Engine,
+        weight: usize,
+        window: &quant::Window,
+        numbers: &'a mut Vec<f32>,
+    ) -> Result<Option<Importance<'a>>> {
+        let Some(importances) = &self.importance else { return Ok(None) };
+        let planned = &self.plan.weights[weight];
+        let tensor = &self.checkpoint.catalog()[planned.tensor];
+        importances.of_window(&engine.files, (weight, planned, tensor), window, numbers)
+    }
+
     /// What must be known of all of a weight before it can be encoded. The first to ask reads it,
     /// and whatever shares its survey.
-    fn survey(&self, engine: &Engine, weight: usize) -> Result<Survey> {
+    fn survey(&self, engine: &Engine, weight: usize) -> Result<Arc<Survey>> {
         let Weight { scheme, survey, .. } = self.plan.weights[weight];
-        let Some(id) = survey else { return Ok(Survey::default()) };
+        let Some(id) = survey else { return Ok(Arc::default()) };
         self.surveys.get(id, || {
             let mut survey = Survey::default();
+            let mut numbers = Vec::new();
             for &tensor in &self.plan.surveys[id] {
                 let Tensor { dtype, shape, .. } = &self.checkpoint.catalog()[tensor];
-                let grid = scheme.grid(*dtype, shape, engine.budget.chunk);
+                let grid = scheme.survey_grid(*dtype, shape, engine.budget.chunk);
                 for chunk in 0..grid.chunks() {
+                    // Rows are surveyed for one weight alone.
+                    let importance = match scheme.is_surveyed_by_row() {
+                        true => {
+                            let window = grid.window(chunk);
+                            self.importance_of(engine, weight, &window, &mut numbers)?
+                        }
+                        false => None,
+                    };
                     self.with_tile(engine, tensor, &grid, chunk, |tile| {
-                        scheme.survey(engine.isa, tile, &mut survey);
+                        let tile = Tile { importance, ..*tile };
+                        scheme.survey(engine.isa, &tile, &mut survey);
                     })?;
                 }
             }

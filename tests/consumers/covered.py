@@ -13,8 +13,8 @@ from mounted import listed
 # What no loader in this environment runs, and where it is run.
 ELSEWHERE = {
     "dense": "tests/loaders.rs, pipeline.py",
-    "gptq": "scripts/vllm.sh",
-    "gptq-v2": "by layout alone: gptqmodel wants a GPU or more than two cores",
+    "gptq": "scripts/gptqmodel.sh",
+    "gptq-v2": "scripts/gptqmodel.sh",
 }
 
 

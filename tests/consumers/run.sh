@@ -34,6 +34,7 @@ load "${some[@]}" --set '*.down_proj=8' --set '*.v_proj=6/channel' --set '*.expe
 "$python" tests/consumers/closeness.py "$bin" tests/fixtures/llama-bf16
 "$python" tests/consumers/formats.py "$bin" tests/fixtures/llama-bf16
 "$python" tests/consumers/formats.py "$bin" "$models/gpt-oss" mxfp4
+"$python" tests/consumers/sources.py "$bin" tests/fixtures/llama-bf16
 "$python" tests/consumers/mlx_formats.py "$bin" tests/fixtures/llama-bf16
 "$python" tests/consumers/mixtures.py "$bin" "$models"
 "$python" tests/consumers/mlx_mixtures.py "$bin" "$models"

@@ -7,6 +7,10 @@ const QUALITIES: [Quality; 3] = [Quality::Reference, Quality::Search, Quality::B
 /// One scheme of each kind that takes a matrix, or more where kinds have kinds.
 pub(super) fn schemes(quality: Quality) -> Vec<Scheme> {
     let mut schemes = examples(quality, 32);
+    let granularity = Granularity::Channel;
+    let transposed = transposed::schemes(quality).into_iter();
+    let channels = transposed.map(|scheme| TransposedScheme { granularity, ..scheme });
+    schemes.extend(channels.map(Scheme::Transposed));
     schemes.retain(|scheme| scheme.accepts(Dtype::BF16, &[64, 96]).is_ok());
     schemes
 }
@@ -48,8 +52,7 @@ fn a_weight_shown_decoded_is_what_its_parts_decode_to() {
             let (rows, cols) = shape;
             let parts = encode(scheme, Isa::detect(), data, shape, u64::MAX);
             let decoded = decode(f, scheme, shape, &parts);
-            let whole = scheme.grid(f.dtype, &[75, 96], u64::MAX);
-            let survey = survey_on(&whole, data, scheme, Isa::detect());
+            let survey = survey_of(scheme, Isa::detect(), data, (75, 96), u64::MAX);
             for to in FLOATS {
                 let real = Real::new(to.dtype).expect("a real");
                 let values: Vec<f32> = decoded.iter().map(|x| to.round(*x)).collect();

@@ -93,7 +93,7 @@ fn naive(f: Float, s: TransposedScheme, (rows, cols): (usize, usize), weight: &[
     Defined { parts: vec![bytes(codes), scales, bytes(zeros.collect())], values }
 }
 
-fn schemes(quality: Quality) -> Vec<TransposedScheme> {
+pub(super) fn schemes(quality: Quality) -> Vec<TransposedScheme> {
     let of = |scheme| match scheme {
         Scheme::Transposed(scheme) => Some(scheme),
         _ => None,
@@ -156,6 +156,22 @@ fn a_band_of_rows_is_encoded_and_decoded_as_a_weight_of_its_own() {
         banded.extend(tile(21, 43));
         let same = |(a, b): (&f32, &f32)| a.to_bits() == b.to_bits() || a.is_nan() && b.is_nan();
         assert!(whole.iter().zip(&banded).all(same), "{scheme:?}");
+    }
+}
+
+#[test]
+fn windows_of_whole_channels_are_bounded() {
+    let shape = [4096, 8192];
+    for scheme in schemes(Quality::Search) {
+        let granularity = Granularity::Channel;
+        let scheme = Scheme::Transposed(TransposedScheme { granularity, ..scheme });
+        let most = |grid: Grid| {
+            let bytes = |window: Window| window.rows * window.cols * 2;
+            (0..grid.chunks()).map(|k| bytes(grid.window(k))).max()
+        };
+        assert_eq!(most(scheme.survey_grid(Dtype::BF16, &shape, 1 << 20)), Some(1 << 20));
+        assert_eq!(most(scheme.grid(Dtype::BF16, &shape, 1 << 20)), Some(4 << 20));
+        assert_eq!(most(scheme.grid(Dtype::BF16, &shape, 1)), Some(4096 * 32 * 2), "the least");
     }
 }
 
