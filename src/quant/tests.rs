@@ -257,7 +257,7 @@ fn encode(
     let parts =
         scheme.parts(dtype, &shape).iter().map(|p| vec![0xaa; p.bytes() as usize]).collect();
     let grid = scheme.grid(dtype, &shape, source_bytes);
-    let survey = survey_of(scheme, isa, data, (rows, cols), source_bytes);
+    let survey = survey_of(scheme, isa, data, &shape, source_bytes, None);
     let mut parts =
         encode_on(&grid, data, parts, |tile, out| scheme.encode(isa, tile, &survey, out));
     parts.extend(scheme.scalar(dtype).map(|_| scheme.scalar_bytes(dtype, &survey)));
@@ -278,18 +278,23 @@ fn tile_of<'a>(grid: &Grid, data: Reals<'a>, chunk: u64) -> Tile<'a> {
     }
 }
 
-/// The survey of a weight, in windows of about `source_bytes`.
+/// The survey of a weight, in windows of about `source_bytes`, with what its errors count for.
 fn survey_of(
     scheme: Scheme,
     isa: Isa,
     data: Reals<'_>,
-    (rows, cols): (usize, usize),
+    shape: &[u64],
     source_bytes: u64,
+    importance: Option<Importance<'_>>,
 ) -> Survey {
     let mut survey = Survey::default();
     if scheme.is_surveyed() {
-        let grid = scheme.survey_grid(data.dtype(), &[rows as u64, cols as u64], source_bytes);
-        (0..grid.chunks()).for_each(|k| scheme.survey(isa, &tile_of(&grid, data, k), &mut survey));
+        let grid = scheme.survey_grid(data.dtype(), shape, source_bytes);
+        for k in 0..grid.chunks() {
+            let (_, first) = scheme.first_input(shape, &grid.window(k));
+            let importance = importance.map(|importance| importance.starting_at(first as usize));
+            scheme.survey(isa, &Tile { importance, ..tile_of(&grid, data, k) }, &mut survey);
+        }
     }
     survey
 }

@@ -121,7 +121,7 @@ mod tests {
             quality: Quality::Reference,
         });
         let source = vec![0; rows * 2];
-        let tile = Tile { data: Reals::Bf16(&source), rows, cols: 1, stride: 1 };
+        let tile = Tile { data: Reals::Bf16(&source), rows, cols: 1, stride: 1, importance: None };
         let mut survey = Survey::default();
         scheme.survey(Isa::detect(), &tile, &mut survey);
         survey

@@ -52,7 +52,7 @@ fn a_weight_shown_decoded_is_what_its_parts_decode_to() {
             let (rows, cols) = shape;
             let parts = encode(scheme, Isa::detect(), data, shape, u64::MAX);
             let decoded = decode(f, scheme, shape, &parts);
-            let survey = survey_of(scheme, Isa::detect(), data, (75, 96), u64::MAX);
+            let survey = survey_of(scheme, Isa::detect(), data, &[75, 96], u64::MAX, None);
             for to in FLOATS {
                 let real = Real::new(to.dtype).expect("a real");
                 let values: Vec<f32> = decoded.iter().map(|x| to.round(*x)).collect();

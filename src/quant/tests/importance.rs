@@ -16,7 +16,7 @@ fn weighed(
     let mut parts: Vec<Vec<u8>> =
         scheme.parts(dtype, shape).iter().map(|p| vec![0xaa; p.bytes() as usize]).collect();
     let grid = scheme.grid(dtype, shape, source_bytes);
-    let survey = survey_on(&grid, data, scheme, isa);
+    let survey = survey_of(scheme, isa, data, shape, source_bytes, importance);
     for k in 0..grid.chunks() {
         let (_, first) = scheme.first_input(shape, &grid.window(k));
         let importance = importance.map(|importance| importance.starting_at(first as usize));
@@ -125,8 +125,7 @@ fn a_weight_shown_decoded_has_the_errors_of_its_parts() {
         let importance = Importance::new(&mut features);
         let parts = weighed(scheme, Isa::detect(), data, &shape, u64::MAX, importance);
         let expected = errors(f, scheme, &shape, &weight, &parts);
-        let survey =
-            survey_on(&scheme.grid(f.dtype, &shape, u64::MAX), data, scheme, Isa::detect());
+        let survey = survey_of(scheme, Isa::detect(), data, &shape, u64::MAX, importance);
         for source_bytes in [0, 5000, u64::MAX] {
             let grid = scheme.decoded_grid(f.dtype, &shape, Real::F32, source_bytes);
             let mut out = vec![0; len * 4];
