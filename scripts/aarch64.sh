@@ -48,7 +48,8 @@ else
     if [ ! -e "$root/made" ]; then
         mkdir -p "$root"
         debootstrap --variant=minbase --include=ca-certificates trixie "$root"
-        echo 'deb http://deb.debian.org/debian trixie-backports main' >> "$root/etc/apt/sources.list"
+        sed -n 's/ trixie / trixie-backports /p' "$root/etc/apt/sources.list" > "$root/backports"
+        mv "$root/backports" "$root/etc/apt/sources.list.d/backports.list"
         cp /etc/resolv.conf "$root/etc/"
         chroot "$root" env DEBIAN_FRONTEND=noninteractive bash -euc '
             dpkg --add-architecture arm64
