@@ -43,8 +43,9 @@ const fn boundary(i: usize, count: usize) -> f32 {
     }
 }
 
-static MIDPOINTS: [f32; 255] = {
-    let mut midpoints = [0.0; 255];
+/// Between every two entries; a code is the number of midpoints below.
+static MIDPOINTS: [f32; 256] = {
+    let mut midpoints = [f32::INFINITY; 256];
     let mut i = 0;
     while i < 255 {
         midpoints[i] = (TABLE[i] + TABLE[i + 1]) / 2.0;
@@ -53,30 +54,58 @@ static MIDPOINTS: [f32; 255] = {
     midpoints
 };
 
-/// Scales whose codes are looked for together, for their steps to overlap.
-const LANES: usize = 8;
+/// Magnitudes are binned by their upper 16 bits, those below 2^-21 all in the first bin, and those from
+/// 1 on in the last. No bin has more than one midpoint.
+const BINS: usize = 2 + 21 * 128;
+
+/// The upper bits of the second bin.
+const FIRST: u32 = (127 - 21) << 7;
+
+/// The number of midpoints below every number in a bin: of positive ones, and of negative ones.
+static FLOORS: [[u8; BINS]; 2] = {
+    let mut floors = [[0; BINS]; 2];
+    let (mut bin, mut below, mut below_negative) = (0, 0, 0);
+    while bin < BINS {
+        let smallest = if bin == 0 { 0.0 } else { f32::from_bits((FIRST + bin as u32 - 1) << 16) };
+        while MIDPOINTS[below] < smallest {
+            below += 1;
+        }
+        floors[0][bin] = below as u8;
+        // The bins of negative numbers rise from the last to the first.
+        let last = BINS - 1 - bin;
+        let lowest = if bin == 0 {
+            f32::NEG_INFINITY
+        } else {
+            -f32::from_bits(((FIRST + last as u32) << 16) - 1)
+        };
+        while MIDPOINTS[below_negative] < lowest {
+            below_negative += 1;
+        }
+        floors[1][last] = below_negative as u8;
+        bin += 1;
+    }
+    floors
+};
+
+/// The code of the entry nearest to `y`; of two, the lower one's. That of a NaN is 0.
+#[inline(always)]
+fn code_of(y: f32) -> u8 {
+    let bits = y.to_bits();
+    let bin = ((bits & (u32::MAX >> 1)) >> 16).saturating_sub(FIRST - 1);
+    let floor = FLOORS[(bits >> 31) as usize][(bin as usize).min(BINS - 1)];
+    let code = floor.wrapping_add(u8::from(MIDPOINTS[usize::from(floor)] < y));
+    if y.is_nan() { 0 } else { code }
+}
 
 /// Codes of up to 256 scales with the mean `offset`; returns their `n`, NaN if there is any.
+#[inline(always)]
 pub(super) fn encode(scales: &[f32], offset: f32, codes: &mut [u8]) -> f32 {
     let distances = scales.iter().map(|scale| (scale - offset).abs());
     // Bit patterns of magnitudes order as integers, NaNs last.
     let largest = F32::round(f32::from_bits(distances.map(f32::to_bits).fold(0, u32::max)));
     let reciprocal = 1.0 / if largest < 1e-38 { 1e-38 } else { largest };
-    for (scales, codes) in scales.chunks(LANES).zip(codes.chunks_mut(LANES)) {
-        let mut y = [0.0; LANES];
-        for (y, scale) in y.iter_mut().zip(scales) {
-            *y = (scale - offset) * reciprocal;
-        }
-        // A midpoint belongs to the lower entry. A NaN is beyond none.
-        let mut below = [0; LANES];
-        for bit in (0..8).rev() {
-            for (below, y) in below.iter_mut().zip(&y) {
-                *below += usize::from(MIDPOINTS[*below + (1 << bit) - 1] < *y) << bit;
-            }
-        }
-        for (code, below) in codes.iter_mut().zip(&below) {
-            *code = *below as u8;
-        }
+    for (code, scale) in codes.iter_mut().zip(scales) {
+        *code = code_of((scale - offset) * reciprocal);
     }
     largest
 }
@@ -85,4 +114,25 @@ pub(super) fn encode(scales: &[f32], offset: f32, codes: &mut [u8]) -> f32 {
 #[inline(always)]
 pub(super) fn value(code: u8, largest: f32, offset: f32) -> f32 {
     TABLE[usize::from(code)] * largest + offset
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_code_counts_the_midpoints_below() {
+        let bins = (0..=BINS as u32).map(|bin| f32::from_bits((FIRST + bin) << 16));
+        let edges = MIDPOINTS.into_iter().chain(bins).chain([0.0, 2.0, f32::MAX, f32::INFINITY]);
+        for edge in edges {
+            for bits in [edge.to_bits().saturating_sub(1), edge.to_bits(), edge.to_bits() + 1] {
+                for y in [f32::from_bits(bits), -f32::from_bits(bits)] {
+                    let below = MIDPOINTS[..255].iter().filter(|midpoint| **midpoint < y).count();
+                    assert_eq!(usize::from(code_of(y)), below, "{y:e}");
+                }
+            }
+        }
+        assert_eq!(code_of(f32::NAN), 0);
+        assert_eq!(code_of(-f32::NAN), 0);
+    }
 }
