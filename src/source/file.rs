@@ -1,12 +1,13 @@
 //! Source files: their identity, plain reads, and memory maps under an LRU.
 
+use std::collections::VecDeque;
 use std::fs::File;
 use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::SystemTime;
 
 use lru::LruCache;
@@ -109,8 +110,8 @@ impl SourceFile {
 #[derive(Debug)]
 pub struct SourceFiles {
     open: Mutex<LruCache<u64, Arc<OpenFile>>>,
-    /// A long range that was read, whose pages are not given back yet.
-    lingering: Mutex<Option<(Arc<OpenFile>, Range<usize>)>>,
+    /// Ranges that were read and whose pages are not given back yet, the first of them first.
+    lingering: Mutex<VecDeque<(Weak<OpenFile>, Range<usize>)>>,
     scratch: Scratch,
 }
 
@@ -137,6 +138,16 @@ const SCRATCH: usize = 4;
 
 /// Bytes of a range that is long: more than any band of a few rows.
 const LONG: usize = 4 << 20;
+
+/// Bytes whose pages linger. What is given back has left every page of its neighbours that the kernel
+/// maps as one, and one call for many pages interrupts the other cores once.
+const LINGERING: usize = 32 << 20;
+
+/// Bytes that are given back together.
+const TOGETHER: usize = 8 << 20;
+
+/// Ranges that linger at most.
+const RANGES: usize = 16;
 
 #[derive(Debug)]
 struct OpenFile {
@@ -203,8 +214,8 @@ impl SourceFiles {
     }
 
     /// Shows `f` a range of the mapped file and returns what `f` made of it, provided that the
-    /// file was still whole afterwards. The range's pages are then given back; those of a long range
-    /// not until another is read, for it may be read again, a few columns of a matrix at a time.
+    /// file was still whole afterwards. The range's pages linger for a while, for it may be read
+    /// again, a few columns of a matrix at a time, and are then given back.
     ///
     /// # Errors
     /// `Stale` where the file is no longer what it was when the checkpoint was opened; what `f`
@@ -221,40 +232,50 @@ impl SourceFiles {
         open.verify()?;
         let range = start as usize..(start + len) as usize;
         let map = open.map()?;
-        let is_long = range.len() > LONG;
-        if is_long {
-            self.begin(&open, map, &range);
+        if range.len() > LONG && self.linger(&open, &range) {
+            // By columns, pages that are not in memory would be asked for in no order that the kernel
+            // sees. Advice, which fails without consequence.
+            let _ = map.advise_range(memmap2::Advice::WillNeed, range.start, range.len());
         }
         let out = f(&map[range.clone()]);
         open.verify()?;
-        if !is_long && !range.is_empty() {
-            drop_pages(map, range);
+        if !range.is_empty() {
+            self.linger(&open, &range);
         }
         Ok(out)
     }
 
-    /// Lets the pages of a long range linger in place of the last one's, and has those that are not
-    /// in memory read in order: by columns they would be asked for in no order that the kernel sees.
-    fn begin(&self, open: &Arc<OpenFile>, map: &Mmap, range: &Range<usize>) {
-        let last = {
-            let mut lingering = self.lingering.lock();
-            if let Some((file, last)) = &mut *lingering
-                && Arc::ptr_eq(file, open)
-                && last.start < range.end
-                && range.start < last.end
-            {
-                *last = last.start.min(range.start)..last.end.max(range.end);
-                return;
+    /// Lets the pages of a range linger, in place of those that have for longest, and returns whether
+    /// they did not already.
+    fn linger(&self, open: &Arc<OpenFile>, range: &Range<usize>) -> bool {
+        let mut surplus = Vec::new();
+        let mut lingering = self.lingering.lock();
+        for (file, last) in lingering.iter_mut().rev() {
+            let union = last.start.min(range.start)..last.end.max(range.end);
+            let is_near = last.len() + range.len() >= union.len();
+            // The stripes of a matrix start and end a few columns apart.
+            let is_stripe = is_near && range.len() > LONG && last.len() > LONG;
+            let is_joined = union == *last || is_near && union.len() <= TOGETHER || is_stripe;
+            if file.as_ptr() == Arc::as_ptr(open) && is_joined {
+                *last = union;
+                return false;
             }
-            lingering.replace((open.clone(), range.clone()))
-        };
-        if let Some((file, last)) = last
-            && let Some(mapped) = file.map.get()
-        {
-            drop_pages(&mapped.map, last);
         }
-        // Advice, which fails without consequence.
-        let _ = map.advise_range(memmap2::Advice::WillNeed, range.start, range.len());
+        lingering.push_back((Arc::downgrade(open), range.clone()));
+        let mut bytes: usize = lingering.iter().map(|(_, range)| range.len()).sum();
+        while lingering.len() > 1 && (bytes > LINGERING || lingering.len() > RANGES) {
+            let (file, range) = lingering.pop_front().expect("there are two");
+            bytes -= range.len();
+            surplus.push((file, range));
+        }
+        drop(lingering);
+        for (file, range) in surplus {
+            // One that was closed has no pages.
+            if let Some(mapped) = file.upgrade().as_ref().and_then(|file| file.map.get()) {
+                drop_pages(&mapped.map, range);
+            }
+        }
+        true
     }
 
     /// As [`with_bytes`](Self::with_bytes), of several ranges at the same time. Empty ones touch no
@@ -317,7 +338,6 @@ impl SourceFiles {
     /// Closes every file that nobody is reading.
     pub fn clear(&self) {
         self.open.lock().clear();
-        self.lingering.lock().take();
     }
 
     /// The number of files open, and the bytes of address space that they map.

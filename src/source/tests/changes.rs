@@ -196,17 +196,29 @@ fn readers_on_many_threads_survive_a_truncation() {
 }
 
 #[test]
-fn what_is_resident_is_what_is_being_read() {
+fn what_is_resident_is_what_was_read_last() {
+    const STEP: u64 = 1 << 20;
     let fixture = Fixture::new();
+    let path = fixture.dir.path().join("large");
+    File::create(path).and_then(|file| file.set_len(100 * STEP)).expect("written");
+    let large = Arc::new(SourceFile::open(fixture.dir.path(), "large").expect("opened").0);
     assert_eq!(fixture.files.resident(), 0);
-    let during = fixture.files.with_bytes(&fixture.changing, 0, LEN as u64, |bytes| {
-        sum(bytes);
-        fixture.files.resident()
-    });
-    let pages = (LEN as u64).next_multiple_of(rustix::param::page_size() as u64);
-    assert_eq!(during.expect("read"), pages);
-    assert!(fixture.files.resident() < pages / 2, "the pages were not given back");
-    assert_eq!(fixture.files.mapped(), (1, LEN as u64));
+    let read = |start, len| {
+        let resident = |bytes: &[u8]| {
+            sum(bytes);
+            fixture.files.resident()
+        };
+        fixture.files.with_bytes(&large, start, len, resident).expect("read")
+    };
+    let sequence: Vec<u64> = (0..100).map(|step| read(step * STEP, STEP) / STEP).collect();
+    assert!((0..20).all(|step| sequence[step] > step as u64), "{sequence:?}");
+    assert!(sequence[40..].iter().all(|steps| (16..48).contains(steps)), "{sequence:?}");
+    // A long range lingers whole, whatever is read of it, and gives way to the next.
+    assert!(read(0, 60 * STEP) >= 60 * STEP);
+    assert!((0..60).all(|step| read(step * STEP, STEP) >= 60 * STEP));
+    assert!((60..64).map(|step| read(step * STEP, STEP)).all(|resident| resident < 80 * STEP));
+    assert!(read(64 * STEP, STEP) < 10 * STEP);
+    assert_eq!(fixture.files.mapped(), (1, 100 * STEP));
     fixture.files.clear();
     assert_eq!((fixture.files.resident(), fixture.files.mapped()), (0, (0, 0)));
 }
