@@ -324,6 +324,16 @@ impl SourceFiles {
         self.scratch.bytes.clone()
     }
 
+    /// Has a range read into the kernel's page cache and mapped, where it isn't. Only ever about
+    /// speed: whoever reads the range meets the error, if there is one.
+    pub(super) fn fetch(&self, (source, start, len): Part<'_>) {
+        if let Ok(open) = self.get(source)
+            && let Ok(map) = open.map()
+        {
+            let _ = map.advise_range(memmap2::Advice::PopulateRead, start as usize, len as usize);
+        }
+    }
+
     /// Asks the kernel to read a file into its page cache, and returns at once.
     ///
     /// # Errors
@@ -429,6 +439,9 @@ impl OpenFile {
         }
         let at = |cause| Error::io(format_args!("map {}", self.source.name()), cause);
         let map = map(&self.file, self.source.len() as usize).map_err(at)?;
+        // Has the kernel read and map 2 MiB at a time, where it can, whatever the disk's readahead. Advice,
+        // which fails without consequence.
+        let _ = map.advise(memmap2::Advice::HugePage);
         let mapped = Mapped { watch: Watch::new(&map).map_err(at)?, map };
         Ok(&self.map.get_or_init(|| mapped).map)
     }

@@ -36,7 +36,7 @@ pub use window::Window;
 use crate::error::{self, Error, ErrorKind, Result};
 use crate::isa::Isa;
 use crate::threads;
-use decode::{OPERANDS, Outcome};
+use decode::{OPERANDS, Outcome, Rect};
 use file::Part;
 use index::WeightMap;
 use window::Placed;
@@ -252,34 +252,59 @@ impl Checkpoint {
         f: impl FnOnce(&[u8], usize) -> T,
     ) -> Result<T> {
         let tensor = &self.catalog[id];
-        let bits = tensor.dtype.bitsize() as u64;
-        let Window { width, first_row, rows, first_col, cols } = window;
         let Decoder::Coded(coded) = &tensor.decoder else {
-            let Extent { shard, start, .. } = tensor.operands[0];
-            let first = (first_row * width + first_col) * bits / 8;
-            let len = ((rows - 1) * width + cols) * bits / 8;
-            let file = &self.shards[shard].file;
-            return files.with_bytes(file, start + first, len, |bytes| f(bytes, width as usize));
+            let (file, start, len) = self.run(tensor, &window);
+            let stride = window.width as usize;
+            return files.with_bytes(file, start, len, |bytes| f(bytes, stride));
         };
-        let element = bits / 8;
+        let element = tensor.dtype.bitsize() as u64 / 8;
         files.with_scratch((window.elements() * element) as usize, |out| {
             for Placed { rect, at, stride } in window.places(coded) {
-                let ranges = coded.ranges(&rect);
-                let mut operands: [Part<'_>; OPERANDS] =
-                    std::array::from_fn(|_| (&self.shards[0].file, 0, 0));
-                for ((part, extent), range) in
-                    operands.iter_mut().zip(&tensor.operands).zip(&ranges)
-                {
-                    let len = range.end - range.start;
-                    *part = (&self.shards[extent.shard].file, extent.start + range.start, len);
-                }
+                let operands = self.operands(tensor, coded, &rect);
                 let out = &mut out[(at * element) as usize..];
                 files.with_parts(&operands, &mut |bytes| {
                     decode::decode(isa, coded, tensor.dtype, &rect, *bytes, out, stride as usize);
                 })?;
             }
-            Ok(f(out, cols as usize))
+            Ok(f(out, window.cols as usize))
         })
+    }
+
+    /// Has the source of a window read into the kernel's page cache; waits for it, and fails
+    /// silently.
+    pub fn fetch_window(&self, files: &SourceFiles, id: TensorId, window: &Window) {
+        let tensor = &self.catalog[id];
+        match &tensor.decoder {
+            Decoder::Plain => files.fetch(self.run(tensor, window)),
+            Decoder::Coded(coded) => window
+                .places(coded)
+                .iter()
+                .flat_map(|Placed { rect, .. }| self.operands(tensor, coded, rect))
+                .filter(|(.., len)| *len > 0)
+                .for_each(|part| files.fetch(part)),
+        }
+    }
+
+    /// What is stored of a window of a plain tensor, from its first element to its last.
+    fn run(&self, tensor: &Tensor, window: &Window) -> Part<'_> {
+        let Window { width, first_row, rows, first_col, cols } = *window;
+        let bits = tensor.dtype.bitsize() as u64;
+        let first = (first_row * width + first_col) * bits / 8;
+        let len = ((rows - 1) * width + cols) * bits / 8;
+        let Extent { shard, start, .. } = tensor.operands[0];
+        (&self.shards[shard].file, start + first, len)
+    }
+
+    /// What is stored of a rectangle of codes; nothing for operands that there are not.
+    fn operands(&self, tensor: &Tensor, coded: &Coded, rect: &Rect) -> [Part<'_>; OPERANDS] {
+        let ranges = coded.ranges(rect);
+        let mut operands: [Part<'_>; OPERANDS] =
+            std::array::from_fn(|_| (&self.shards[0].file, 0, 0));
+        for ((part, extent), range) in operands.iter_mut().zip(&tensor.operands).zip(&ranges) {
+            let len = range.end - range.start;
+            *part = (&self.shards[extent.shard].file, extent.start + range.start, len);
+        }
+        operands
     }
 
     /// The index's `metadata`, empty where there is no index.

@@ -43,6 +43,10 @@ use spoilt::Spoilt;
 /// Source files kept open and mapped at a time.
 const OPEN_FILES: NonZeroUsize = NonZeroUsize::new(64).expect("64 is not zero");
 
+/// Threads that wait for the source's disk, whatever the cores: each has a few megabytes asked for, and
+/// disks want more than that at a time.
+const FETCHERS: usize = 4;
+
 /// Memory knobs; they never change a byte.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Budget {
@@ -74,7 +78,7 @@ pub struct View {
     recipe: String,
     shared: Arc<Shared>,
     streams: Streams,
-    workers: OnceLock<Workers<Chunk>>,
+    workers: OnceLock<[Workers<Chunk>; 2]>,
 }
 
 /// What readers and the threads ahead of them share.
@@ -347,17 +351,27 @@ impl View {
             return;
         }
         if let Some(next) = self.streams.follow(file, range, window) {
-            let workers = self.workers.get_or_init(|| {
-                let threads = std::thread::available_parallelism().map_or(1, usize::from);
-                let shared = self.shared.clone();
-                Workers::start(threads, move |Chunk { model, weight, chunk }| {
-                    // Whoever reads the chunk meets the error, if it is still there.
-                    let _ = shared.models[model].prepare(&shared.engine, weight, chunk);
-                })
-            });
             let Shared { models, engine } = &*self.shared;
             let chunks = models[model].chunks_across(engine, shard, next);
-            workers.offer(chunks.map(|(weight, chunk)| Chunk { model, weight, chunk }));
+            let chunks: Vec<_> =
+                chunks.map(|(weight, chunk)| Chunk { model, weight, chunk }).collect();
+            let [fetching, encoding] = self.workers.get_or_init(|| self.start_workers());
+            fetching.offer(chunks.iter().copied());
+            encoding.offer(chunks);
         }
+    }
+    /// Threads that have the source of chunks read, and as many as there are cores that encode them.
+    fn start_workers(&self) -> [Workers<Chunk>; 2] {
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        let [fetching, encoding] = [(); 2].map(|()| self.shared.clone());
+        [
+            Workers::start(FETCHERS, move |Chunk { model, weight, chunk }| {
+                fetching.models[model].fetch(&fetching.engine, weight, chunk);
+            }),
+            Workers::start(threads, move |Chunk { model, weight, chunk }| {
+                // Whoever reads the chunk meets the error, if it is still there.
+                let _ = encoding.models[model].prepare(&encoding.engine, weight, chunk);
+            }),
+        ]
     }
 }

@@ -444,6 +444,12 @@ impl Model {
         weight.grid(&self.checkpoint.catalog()[weight.tensor], chunk_bytes)
     }
 
+    /// Has the source of a chunk read into the kernel's page cache, and waits for it.
+    pub(super) fn fetch(&self, engine: &Engine, weight: usize, chunk: u64) {
+        let window = source_window(&self.grid(weight, engine.budget.chunk), chunk);
+        self.checkpoint.fetch_window(&engine.files, self.plan.weights[weight].tensor, &window);
+    }
+
     /// Calls `f` with the source of one chunk.
     fn with_tile<T>(
         &self,
@@ -454,21 +460,13 @@ impl Model {
         f: impl FnOnce(&Tile<'_>) -> T,
     ) -> Result<T> {
         let dtype = self.checkpoint.catalog()[tensor].dtype;
-        let (_, width) = grid.view();
-        let place = grid.window(chunk);
-        let window = Window {
-            width,
-            first_row: place.first_row,
-            rows: place.rows,
-            first_col: place.first_col,
-            cols: place.cols,
-        };
+        let window = source_window(grid, chunk);
         engine.counters.source.add(self.checkpoint.window_len(tensor, &window));
         let begun = cpu_ns(ClockId::ThreadCPUTime);
         let (isa, files) = (engine.isa, &engine.files);
         let made = self.checkpoint.with_window(isa, files, tensor, window, |bytes, stride| {
             let data = Reals::new(dtype, bytes).expect("the scheme accepted the type");
-            let (rows, cols) = (place.rows as usize, place.cols as usize);
+            let (rows, cols) = (window.rows as usize, window.cols as usize);
             f(&Tile { data, rows, cols, stride, importance: None })
         });
         engine.counters.encode_ns.add(cpu_ns(ClockId::ThreadCPUTime) - begun);
@@ -479,4 +477,11 @@ impl Model {
         let weight = self.first_weight + u32::try_from(weight).expect("weights were counted");
         (weight, u32::try_from(chunk).expect("a weight has fewer than 2^32 chunks"))
     }
+}
+
+/// What a chunk is encoded from.
+fn source_window(grid: &Grid, chunk: u64) -> Window {
+    let (_, width) = grid.view();
+    let quant::Window { first_row, rows, first_col, cols } = grid.window(chunk);
+    Window { width, first_row, rows, first_col, cols }
 }

@@ -222,3 +222,14 @@ fn what_is_resident_is_what_was_read_last() {
     fixture.files.clear();
     assert_eq!((fixture.files.resident(), fixture.files.mapped()), (0, (0, 0)));
 }
+
+#[test]
+fn what_is_fetched_is_resident_and_a_file_that_shrank_kills_nobody() {
+    let fixture = Fixture::new();
+    fixture.files.fetch((&fixture.changing, 0, LEN as u64));
+    assert!(fixture.files.resident() >= LEN as u64);
+    truncate(&fixture.path(), 8192);
+    fixture.files.fetch((&fixture.changing, 0, LEN as u64));
+    fixture.is_stale("");
+    fixture.files.fetch((&fixture.changing, 0, LEN as u64));
+}
