@@ -40,7 +40,7 @@ use table::{Device, Pulse};
 
 /// What the kernel reads ahead of a reader at most, in KiB; its default of 128 keeps too few
 /// requests in flight. Only root may raise it.
-const READ_AHEAD_KIB: u32 = 4096;
+const READ_AHEAD_KIB: u64 = 4096;
 
 /// How a view is mounted.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -101,6 +101,9 @@ fn serve(
     let owner = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
     let session = Session::open(view.clone(), device, owner, options.null)?;
     raise_read_ahead(attached.number);
+    if let Some(kib) = read_ahead_kib(attached.number) {
+        view.expect_readahead(kib << 10);
+    }
 
     let status = describe(&view, attached.number, mountpoint, options.log.clone());
     let answer = figures(status.clone(), view, session.counters());
@@ -248,11 +251,15 @@ fn read_ahead_path(device: Device) -> String {
     format!("/sys/class/bdi/{device}/read_ahead_kb")
 }
 
+fn read_ahead_kib(device: Device) -> Option<u64> {
+    std::fs::read_to_string(read_ahead_path(device)).ok()?.trim().parse().ok()
+}
+
 /// What would make reads faster that this process may not do.
 fn advice(device: Device) -> Option<String> {
-    let path = read_ahead_path(device);
-    let kib: u32 = std::fs::read_to_string(&path).ok()?.trim().parse().ok()?;
+    let kib = read_ahead_kib(device)?;
     (kib < READ_AHEAD_KIB).then(|| {
+        let path = read_ahead_path(device);
         format!(
             "the kernel reads {kib} KiB ahead; reads get faster by: \
              echo {READ_AHEAD_KIB} | sudo tee {path}"

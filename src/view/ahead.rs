@@ -5,6 +5,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
 
 use parking_lot::{Condvar, Mutex};
@@ -23,11 +24,16 @@ const CONVINCING: u32 = 2;
 
 /// Readers that were seen to go forward, by least recent use.
 #[derive(Debug, Default)]
-pub(super) struct Streams(Mutex<VecDeque<Stream>>);
+pub(super) struct Streams {
+    streams: Mutex<VecDeque<Stream>>,
+    readahead: AtomicU64,
+}
 
 #[derive(Clone, Copy, Debug)]
 struct Stream {
     file: NodeId,
+    /// Where its first read began.
+    start: u64,
     /// The furthest end of its reads.
     next: u64,
     /// The end of what has been asked for ahead of it.
@@ -36,6 +42,12 @@ struct Stream {
 }
 
 impl Streams {
+    /// Notes how many bytes whoever asks reads at once when it wants but a few: so many in a row are
+    /// no stream.
+    pub(super) fn expect_readahead(&self, bytes: u64) {
+        self.readahead.store(bytes, Ordering::Relaxed);
+    }
+
     /// Notes a read of `range` and returns the range beyond it to prepare now, if any: up to
     /// `window` bytes ahead of the reader, in steps of half of that.
     pub(super) fn follow(
@@ -44,16 +56,19 @@ impl Streams {
         range: std::ops::Range<u64>,
         window: u64,
     ) -> Option<std::ops::Range<u64>> {
-        let mut streams = self.0.lock();
+        let mut streams = self.streams.lock();
         let near =
             |stream: &Stream| stream.file == file && range.start.abs_diff(stream.next) <= SLACK;
         let found = streams.iter().position(near).and_then(|i| streams.remove(i));
-        let mut stream = found.unwrap_or(Stream { file, next: 0, ahead: 0, reads: 0 });
+        let new = Stream { file, start: range.start, next: 0, ahead: 0, reads: 0 };
+        let mut stream = found.unwrap_or(new);
         stream.next = stream.next.max(range.end);
         stream.reads = stream.reads.saturating_add(1);
         let from = stream.ahead.max(stream.next);
         let to = stream.next + window;
-        let due = stream.reads > CONVINCING && to >= from + window / 2;
+        let is_convincing = stream.reads > CONVINCING
+            && stream.next - stream.start.min(stream.next) > self.readahead.load(Ordering::Relaxed);
+        let due = is_convincing && to >= from + window / 2;
         if due {
             stream.ahead = to;
         }
@@ -150,7 +165,7 @@ impl<J> Queue<J> {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::{AtomicU32, Ordering};
+    use std::sync::atomic::AtomicU32;
 
     use super::*;
 
@@ -193,6 +208,20 @@ mod tests {
             let at = read.wrapping_mul(0x9e37_79b9_7f4a_7c15) % (1 << 40);
             assert_eq!(streams.follow(1, at..at + 4096, WINDOW), None);
         }
+    }
+
+    #[test]
+    fn what_the_kernel_reads_around_a_page_is_no_stream() {
+        let streams = Streams::default();
+        streams.expect_readahead(16 * STEP);
+        let follow = |read| streams.follow(1, read * STEP..(read + 1) * STEP, WINDOW);
+        for fault in 0..100 {
+            assert!((0..16).all(|read| follow(fault * 1000 + read).is_none()));
+        }
+        assert_eq!(
+            follow(99 * 1000 + 16),
+            Some((99 * 1000 + 17) * STEP..(99 * 1000 + 17) * STEP + WINDOW)
+        );
     }
 
     #[test]

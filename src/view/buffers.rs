@@ -1,6 +1,7 @@
 //! Buffers for encoded chunks, used again and again so that memory stays where it is.
 
 use std::ops::{Deref, DerefMut};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 
 use parking_lot::Mutex;
@@ -25,6 +26,8 @@ pub(super) struct Buffers(Arc<Mutex<Vec<Vec<u8>>>>);
 #[derive(Debug)]
 pub(super) struct Buffer {
     bytes: Vec<u8>,
+    /// How many bytes of it were read for good.
+    spent: AtomicUsize,
     home: Weak<Mutex<Vec<Vec<u8>>>>,
 }
 
@@ -41,14 +44,22 @@ impl Buffers {
         drop(idle);
         let mut bytes = found.unwrap_or_else(|| Vec::with_capacity(len));
         bytes.resize(len, 0);
-        Buffer { bytes, home: Arc::downgrade(&self.0) }
+        Buffer { bytes, spent: AtomicUsize::new(0), home: Arc::downgrade(&self.0) }
+    }
+}
+
+impl Buffer {
+    /// Notes that so many more bytes were read, and returns whether all were for the first time.
+    pub(super) fn spend(&self, bytes: usize) -> bool {
+        let before = self.spent.fetch_add(bytes, Ordering::Relaxed);
+        before < self.len() && before + bytes >= self.len()
     }
 }
 
 impl From<Vec<u8>> for Buffer {
     /// Bytes that belong to no store.
     fn from(bytes: Vec<u8>) -> Self {
-        Self { bytes, home: Weak::new() }
+        Self { bytes, spent: AtomicUsize::new(0), home: Weak::new() }
     }
 }
 

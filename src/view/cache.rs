@@ -16,16 +16,21 @@ pub(super) type ChunkKey = (u32, u32);
 /// The parts of an encoded chunk, in the scheme's order.
 pub(super) type Parts = Arc<[Arc<Buffer>]>;
 
-/// Bytes of codes that are kept though their reader is past them.
+/// Bytes of codes that are kept though their readers are past them.
 const SPENT: u64 = 16 << 20;
+
+/// Chunks that are remembered once they are no longer kept for that.
+const GONE: usize = 256;
 
 /// Encoded chunks by weight and chunk, under a budget of bytes.
 ///
 /// The first part of a chunk, its codes, and the rest are evicted apart, each by least recent use.
 /// A sequential reader meets all codes of a weight before the first of its scales, and a chunk must
-/// not be encoded twice for that: scales outlive the codes that they were made with. Codes that were
-/// read to their end are spent ([`spend`](Self::spend)): another cache has them now, and their memory,
-/// which the processor's caches still hold, is used for the next chunks.
+/// not be encoded twice for that: scales outlive the codes that they were made with. Codes of which as
+/// many bytes were read as there are, are spent ([`spend`](Self::spend)): another cache has them now,
+/// and their memory, which the processor's caches still hold, is used for the next chunks. Those that
+/// have gone so are not prepared again: of several readers of one file, each with others' reads before
+/// it, the last would have everything encoded anew.
 #[derive(Debug)]
 pub(super) struct Cache {
     state: Mutex<State>,
@@ -37,9 +42,11 @@ pub(super) struct Cache {
 struct State {
     /// Codes, and all other parts.
     kept: [Kept; 2],
-    /// Codes that somebody has read to their end, the first of them first, and their bytes.
+    /// Codes that were read whole, the first of them first, and their bytes.
     spent: VecDeque<(ChunkKey, u64)>,
     spent_bytes: u64,
+    /// Chunks whose codes were spent and are no longer kept.
+    gone: VecDeque<ChunkKey>,
     making: HashMap<ChunkKey, Arc<Flight>>,
 }
 
@@ -77,6 +84,7 @@ impl Cache {
                 kept: [kept(budget - small, others), kept(small, Arc::default())],
                 spent: VecDeque::new(),
                 spent_bytes: 0,
+                gone: VecDeque::new(),
                 making: HashMap::new(),
             }),
             hits: AtomicU64::new(0),
@@ -105,6 +113,10 @@ impl Cache {
                 match state.making.get(&key) {
                     Some(flight) => Some(flight.clone()),
                     None => {
+                        if state.gone.contains(&key) {
+                            // The cache that had them has not.
+                            state.gone.clear();
+                        }
                         state.making.insert(key, Arc::default());
                         None
                     }
@@ -124,7 +136,7 @@ impl Cache {
         }
     }
 
-    /// Makes a chunk unless it is kept or being made, and waits for nobody.
+    /// Makes a chunk unless it is kept, being made or gone, and waits for nobody.
     ///
     /// # Errors
     /// What `make` returns.
@@ -135,7 +147,8 @@ impl Cache {
     ) -> Result<()> {
         {
             let mut state = self.state.lock();
-            if state.kept[0].parts.contains(&(key, 0)) || state.making.contains_key(&key) {
+            let is_kept = state.kept[0].parts.contains(&(key, 0));
+            if is_kept || state.making.contains_key(&key) || state.gone.contains(&key) {
                 return Ok(());
             }
             state.making.insert(key, Arc::default());
@@ -143,17 +156,24 @@ impl Cache {
         self.make(key, &make).map(drop)
     }
 
-    /// Notes that the codes of a chunk were read to their end, and won't be soon again.
-    pub(super) fn spend(&self, key: ChunkKey) {
+    /// Notes that so many bytes of the codes of a chunk were read, and won't be soon again.
+    pub(super) fn spend(&self, key: ChunkKey, bytes: usize) {
         let mut evicted = Vec::new();
         let mut state = self.state.lock();
-        let State { kept: [codes, _], spent, spent_bytes, .. } = &mut *state;
+        let State { kept: [codes, _], spent, spent_bytes, gone, .. } = &mut *state;
         let Some(buffer) = codes.parts.peek(&(key, 0)) else { return };
+        if !buffer.spend(bytes) {
+            return;
+        }
         spent.push_back((key, buffer.len() as u64));
         *spent_bytes += buffer.len() as u64;
         while *spent_bytes > SPENT {
             let (oldest, len) = spent.pop_front().expect("bytes are those of the codes spent");
             *spent_bytes -= len;
+            gone.push_back(oldest);
+            if gone.len() > GONE {
+                gone.pop_front();
+            }
             if let Some(buffer) = codes.parts.pop(&(oldest, 0)) {
                 codes.bytes -= buffer.len() as u64;
                 evicted.push(buffer);
@@ -333,15 +353,25 @@ mod tests {
             cache.get((0, chunk), 0, || Ok(codes(chunk))).expect("made");
         }
         for chunk in [2, 0, 1] {
-            cache.spend((0, chunk));
+            cache.spend((0, chunk), 3 << 20);
         }
-        cache.spend((9, 9));
+        assert_eq!(cache.usage().0, 4 + 4 * (7 << 20), "none was read whole");
+        for chunk in [2, 0, 1] {
+            cache.spend((0, chunk), 4 << 20);
+        }
+        cache.spend((9, 9), 1);
         assert_eq!(cache.usage().0, 4 + 3 * (7 << 20), "16 MiB hold two that are spent");
         for (chunk, kept) in [(0, true), (1, true), (2, false), (3, true)] {
             let gone = || Err(error::stale("gone"));
             assert_eq!(cache.get((0, chunk), 0, gone).is_ok(), kept, "{chunk}");
             assert!(cache.get((0, chunk), 1, gone).is_ok(), "scales are spent by nobody");
         }
+        // The failed `get` has shown that the second was needed after all.
+        cache.get((0, 2), 0, || Ok(codes(2))).expect("made");
+        cache.spend((0, 2), 7 << 20);
+        cache.spend((0, 3), 7 << 20);
+        cache.prepare((0, 0), || panic!("it is gone")).expect("nothing done");
+        cache.prepare((0, 2), || panic!("it is kept")).expect("nothing done");
     }
 
     #[test]

@@ -342,6 +342,12 @@ impl View {
         Ok(len)
     }
 
+    /// Notes how many bytes the kernel reads around what its readers want: nothing is encoded ahead of a
+    /// reader that has read no more than that in a row.
+    pub fn expect_readahead(&self, bytes: u64) {
+        self.streams.expect_readahead(bytes);
+    }
+
     /// Has the chunks encoded that whoever reads `range` will want next.
     fn go_ahead(&self, file: NodeId, model: usize, shard: usize, range: Range<u64>) {
         let Budget { ahead, cache, .. } = self.shared.engine.budget;

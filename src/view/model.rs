@@ -274,8 +274,8 @@ impl Model {
             let skipped = (first - range.start) as usize;
             out.copy_from_slice(&bytes[skipped..skipped + out.len()]);
             // Where nobody encodes ahead, nobody reads through the kernel, which keeps what it read.
-            if part == 0 && end >= range.end && engine.budget.ahead > 0 {
-                engine.cache.spend(key);
+            if part == 0 && engine.budget.ahead > 0 {
+                engine.cache.spend(key, out.len());
             }
         }
         Ok(())
