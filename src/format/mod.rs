@@ -214,24 +214,35 @@ pub enum Content {
         /// Position in [`Plan::weights`].
         weight: usize,
         /// Position in the scheme's parts.
-        part: usize,
+        part: u8,
     },
     /// The same part of several encoded weights.
     Stacked {
         /// Position in [`Plan::stacks`].
         stack: usize,
         /// Position in the scheme's parts.
-        part: usize,
+        part: u8,
     },
     /// The scalar that a survey of an encoded weight yields.
     Scalar {
         /// Position in [`Plan::weights`].
         weight: usize,
-        /// What stands before it in a JSON object whose last member it is; the bare number where
-        /// `None`.
-        json: Option<Box<str>>,
     },
+    /// That scalar as the last member of a JSON object.
+    Json(Box<JsonScalar>),
 }
+
+/// A scalar in JSON.
+#[derive(Clone, Debug, PartialEq)]
+pub struct JsonScalar {
+    /// Position in [`Plan::weights`].
+    pub weight: usize,
+    /// What stands before it.
+    pub begin: Box<str>,
+}
+
+// A large mixture has hundreds of thousands.
+const _: () = assert!(size_of::<Item>() <= 40);
 
 /// Small metadata. Weights that are alike share theirs.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -273,7 +284,7 @@ impl Plan {
             self.surveys.len() - 1
         });
         self.weights.push(Weight { tensor: id, scheme, survey, decoded: None });
-        for (part, suffix) in suffixes.iter().enumerate() {
+        for (part, suffix) in (0..).zip(suffixes) {
             let content = Content::Part { weight, part };
             self.items.push(Item { tensor: id, suffix: Some(suffix), content });
         }
@@ -309,7 +320,7 @@ impl Plan {
         self.stacks[stack].weights[place] = self.weights.len();
         self.weights.push(Weight { tensor: id, scheme, decoded: None, survey: None });
         if place == 0 {
-            for (part, suffix) in suffixes.iter().enumerate() {
+            for (part, suffix) in (0..).zip(suffixes) {
                 let content = Content::Stacked { stack, part };
                 self.items.push(Item { tensor: id, suffix: Some(suffix), content });
             }
@@ -321,7 +332,10 @@ impl Plan {
     fn scalar(&mut self, suffix: &'static str, json: Option<Box<str>>) {
         let weight = self.weights.len() - 1;
         let tensor = self.weights[weight].tensor;
-        let content = Content::Scalar { weight, json };
+        let content = match json {
+            None => Content::Scalar { weight },
+            Some(begin) => Content::Json(Box::new(JsonScalar { weight, begin })),
+        };
         self.items.push(Item { tensor, suffix: Some(suffix), content });
     }
 
@@ -386,9 +400,10 @@ impl Plan {
     pub fn weights_of<'a>(&'a self, item: &'a Item) -> &'a [usize] {
         match &item.content {
             Content::Source | Content::Inline { .. } => &[],
-            Content::Part { weight, .. } | Content::Scalar { weight, .. } => {
+            Content::Part { weight, .. } | Content::Scalar { weight } => {
                 std::slice::from_ref(weight)
             }
+            Content::Json(scalar) => std::slice::from_ref(&scalar.weight),
             Content::Stacked { stack, .. } => &self.stacks[*stack].weights,
         }
     }
@@ -425,20 +440,18 @@ impl Plan {
             Content::Source => (tensor.dtype, tensor.shape.as_slice().into()),
             Content::Inline(inline) => (inline.dtype, (&*inline.shape).into()),
             Content::Part { weight, part } => {
-                let part = self.weights[*weight].parts(tensor).swap_remove(*part);
+                let part = self.weights[*weight].parts(tensor).swap_remove(usize::from(*part));
                 (part.dtype, part.shape.into())
             }
             Content::Stacked { stack, part } => {
                 let weights = &self.stacks[*stack].weights;
-                let part = self.weights[weights[0]].parts(tensor).swap_remove(*part);
+                let part = self.weights[weights[0]].parts(tensor).swap_remove(usize::from(*part));
                 let mut shape = vec![weights.len() as u64];
                 shape.extend(part.shape);
                 (part.dtype, shape.into())
             }
-            Content::Scalar { json: Some(json), .. } => {
-                (Dtype::U8, vec![json_len(json) as u64].into())
-            }
-            Content::Scalar { weight, json: None } => {
+            Content::Json(scalar) => (Dtype::U8, vec![json_len(&scalar.begin) as u64].into()),
+            Content::Scalar { weight } => {
                 let scalar = self.weights[*weight].scheme.scalar(tensor.dtype);
                 let scalar = scalar.expect("only surveyed weights have one");
                 (scalar.dtype, scalar.shape.into())

@@ -9,9 +9,6 @@ use parking_lot::Mutex;
 /// Idle buffers that are kept for the next chunk.
 const IDLE: usize = 16;
 
-/// Bytes of them.
-const IDLE_BYTES: usize = 16 << 20;
-
 /// Buffers below this many bytes are the allocator's business.
 const SMALL: usize = 64 << 10;
 
@@ -19,8 +16,15 @@ const SMALL: usize = 64 << 10;
 ///
 /// A chunk's codes are too large for the allocator to recycle well: it would ask the kernel for
 /// fresh pages, and have them zeroed, for every one.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Buffers(Arc<Mutex<Vec<Vec<u8>>>>);
+#[derive(Clone, Debug)]
+pub(super) struct Buffers(Arc<Store>);
+
+#[derive(Debug)]
+struct Store {
+    idle: Mutex<Vec<Vec<u8>>>,
+    /// Bytes of idle buffers that are kept.
+    limit: usize,
+}
 
 /// Bytes that return to where they came from.
 #[derive(Debug)]
@@ -28,16 +32,22 @@ pub(super) struct Buffer {
     bytes: Vec<u8>,
     /// How many bytes of it were read for good.
     spent: AtomicUsize,
-    home: Weak<Mutex<Vec<Vec<u8>>>>,
+    home: Weak<Store>,
 }
 
 impl Buffers {
+    /// Keeps idle buffers in a sixteenth of `budget` bytes, but at least 1 MiB and at most 16.
+    pub(super) fn new(budget: u64) -> Self {
+        let limit = (budget / 16).clamp(1 << 20, 16 << 20) as usize;
+        Self(Arc::new(Store { idle: Mutex::default(), limit }))
+    }
+
     /// A buffer of `len` bytes, whatever they are.
     pub(super) fn take(&self, len: usize) -> Buffer {
         if len < SMALL {
             return Buffer::from(vec![0; len]);
         }
-        let mut idle = self.0.lock();
+        let mut idle = self.0.idle.lock();
         // One that is much too large is worth more to somebody else.
         let fits = |bytes: &Vec<u8>| (len..=len.saturating_mul(2)).contains(&bytes.capacity());
         let found = idle.iter().position(fits).map(|i| idle.swap_remove(i));
@@ -66,11 +76,11 @@ impl From<Vec<u8>> for Buffer {
 impl Drop for Buffer {
     fn drop(&mut self) {
         if let Some(home) = self.home.upgrade() {
-            let mut idle = home.lock();
+            let mut idle = home.idle.lock();
             idle.push(std::mem::take(&mut self.bytes));
             let mut bytes: usize = idle.iter().map(Vec::capacity).sum();
             let mut surplus = Vec::new();
-            while idle.len() > IDLE || bytes > IDLE_BYTES {
+            while idle.len() > IDLE || bytes > home.limit {
                 let oldest = idle.remove(0);
                 bytes -= oldest.capacity();
                 surplus.push(oldest);

@@ -201,7 +201,7 @@ impl View {
         let engine = Engine {
             cache: Cache::new(budget.cache, files.scratch_bytes()),
             files,
-            buffers: Buffers::default(),
+            buffers: Buffers::new(budget.cache),
             isa,
             budget,
             counters: Counters::default(),

@@ -225,11 +225,18 @@ impl Model {
                             let len = (range.end - range.start) as usize;
                             let (out, after) = rest.split_at_mut(len);
                             rest = after;
-                            self.read_part(engine, weight, *part, range.start, out)?;
+                            let part = usize::from(*part);
+                            self.read_part(engine, weight, part, range.start, out)?;
                         }
                     }
-                    Content::Scalar { weight, json } => {
-                        let bytes = self.scalar(engine, *weight, json.as_deref())?;
+                    Content::Scalar { weight } => {
+                        let bytes = self.scalar(engine, *weight)?;
+                        out.copy_from_slice(&bytes[range.start as usize..range.end as usize]);
+                    }
+                    Content::Json(scalar) => {
+                        let number = self.scalar(engine, scalar.weight)?.try_into();
+                        let number = f32::from_le_bytes(number.expect("JSON ends with an F32"));
+                        let bytes = json_with(&scalar.begin, number);
                         out.copy_from_slice(&bytes[range.start as usize..range.end as usize]);
                     }
                 },
@@ -425,18 +432,11 @@ impl Model {
         })
     }
 
-    /// The bytes of a surveyed weight's scalar, bare or at the end of a JSON object.
-    fn scalar(&self, engine: &Engine, weight: usize, json: Option<&str>) -> Result<Vec<u8>> {
+    /// The bytes of a surveyed weight's scalar.
+    fn scalar(&self, engine: &Engine, weight: usize) -> Result<Vec<u8>> {
         let survey = self.survey(engine, weight)?;
         let Weight { tensor, scheme, .. } = self.plan.weights[weight];
-        let bytes = scheme.scalar_bytes(self.checkpoint.catalog()[tensor].dtype, &survey);
-        Ok(match json {
-            None => bytes,
-            Some(begin) => {
-                let number = bytes.try_into().expect("JSON ends with an F32");
-                json_with(begin, f32::from_le_bytes(number))
-            }
-        })
+        Ok(scheme.scalar_bytes(self.checkpoint.catalog()[tensor].dtype, &survey))
     }
 
     fn grid(&self, weight: usize, chunk_bytes: u64) -> Grid {

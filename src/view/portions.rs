@@ -135,6 +135,7 @@ impl Model {
                 && let format::Content::Part { weight, part } = self.plan().items[id].content
             {
                 let starts = starts.entry(weight).or_default();
+                let part = usize::from(part);
                 starts.resize(starts.len().max(part + 1), 0);
                 starts[part] = at;
             }

@@ -238,7 +238,7 @@ impl<'a> Types<'a> {
             self.alike.push(Alike { weight, dtype, shape, parts });
             self.alike.len() - 1
         });
-        let part = &self.alike[position].parts[part];
+        let part = &self.alike[position].parts[usize::from(part)];
         (part.dtype, part.shape.as_slice().into())
     }
 }
