@@ -8,7 +8,7 @@ use std::hint::black_box;
 use std::time::Instant;
 
 use aq_fs::dtype::Dtype;
-use aq_fs::quant::{Isa, Quality, Reals, Scheme, Survey, Tile, examples};
+use aq_fs::quant::{CastScheme, Isa, Quality, Real, Reals, Scheme, Survey, Tile, examples};
 
 const ROWS: usize = 256;
 const COLS: usize = 4096;
@@ -83,10 +83,15 @@ fn main() {
     let bf16: Vec<u8> =
         weight.iter().flat_map(|x| ((x.to_bits() >> 16) as u16).to_le_bytes()).collect();
     let f32s: Vec<u8> = weight.iter().flat_map(|x| x.to_le_bytes()).collect();
+    let mut f16 = vec![0; ROWS * COLS * 2];
+    let data = Reals::new(Dtype::F32, &f32s).expect("a float type");
+    let tile = Tile { data, rows: ROWS, cols: COLS, stride: COLS, importance: None };
+    let to_f16 = Scheme::Cast(CastScheme { to: Real::F16 });
+    to_f16.encode(Isa::detect(), &tile, &Survey::default(), &mut [&mut f16[..]]);
     let memory = memory_rate();
     println!("one core reads memory at {:.2} GB/s", memory / 1e9);
     for isa in Isa::available() {
-        for (dtype, bytes) in [(Dtype::BF16, &bf16), (Dtype::F32, &f32s)] {
+        for (dtype, bytes) in [(Dtype::BF16, &bf16), (Dtype::F16, &f16), (Dtype::F32, &f32s)] {
             for quality in [Quality::Reference, Quality::Search] {
                 let int4 = rate(schemes(quality)[0], isa, dtype, bytes);
                 println!(

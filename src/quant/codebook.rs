@@ -217,20 +217,30 @@ impl Staircase {
     fn fp4(&self, y: f32) -> u32 {
         let bits = y.to_bits();
         // A midpoint belongs to the lower entry, which is the larger magnitude if it is negative.
-        let magnitude = (bits & 0x7fff_ffff) + (bits >> 31);
-        // In the uppermost bit, whether a midpoint is less; arithmetic alone, for the compiler to do
-        // many at a time.
-        let m: [u32; 7] =
-            std::array::from_fn(|i| self.midpoints[8 + i].to_bits().wrapping_sub(magnitude));
-        // The magnitudes rise in the order of codes 0, 1, 6, 7, 4, 5, 2, 3.
-        let one = m[0] ^ m[1] ^ m[2] ^ m[3] ^ m[4] ^ m[5] ^ m[6];
-        let (two, four) = (m[1] ^ m[3] ^ m[5], m[1] ^ m[5]);
+        let magnitude = ((bits & 0x7fff_ffff) + (bits >> 31)).cast_signed();
+        let midpoint = |i: usize| self.midpoints[8 + i].to_bits().cast_signed();
+        let below = |i: usize| (midpoint(i) - magnitude).cast_unsigned() >> 31;
+        let steps = ((magnitude - midpoint(2) - 1) >> FP4_STEP) + 1;
+        let rising = below(0) + below(1) + steps.clamp(0, 5).cast_unsigned();
         // Next to zero the other entry that is zero is the one above.
         let above = bits.wrapping_neg() & !bits;
-        let eight = (m[0] & bits) | (!m[0] & above);
-        one >> 31 | (two >> 30 & 2) | (four >> 29 & 4) | (eight >> 28 & 8)
+        let sign = if rising == 0 { above } else { bits };
+        // The magnitudes rise in the order of codes 0, 1, 6, 7, 4, 5, 2, 3.
+        rising ^ (rising & 2) << 1 | (sign >> 28 & 8)
     }
 }
+
+/// The bit whose value the bit patterns of FP4's midpoints are apart, from the third positive one on.
+const FP4_STEP: u32 = 22;
+
+const _: () = {
+    let midpoints = Codebook::Fp4.staircase().midpoints;
+    let mut i = 11;
+    while i < 15 {
+        assert!(midpoints[i].to_bits() - midpoints[i - 1].to_bits() == 1 << FP4_STEP);
+        i += 1;
+    }
+};
 
 impl CodebookScheme {
     /// The table of quantized scales, in the order of codes.
@@ -344,7 +354,7 @@ impl CodebookScheme {
 }
 
 /// Weights that are encoded at a time, more or less.
-const BATCH: usize = 4096;
+const BATCH: usize = 2048;
 
 /// The encoding of one run of blocks.
 struct Encode<'a, E: Element> {
@@ -368,7 +378,7 @@ impl<E: Element> Kernel for Encode<'_, E> {
         let codebook = self.scheme.codebook;
         let mut refining = self.refining;
         let batch = (BATCH / block).max(1);
-        let mut encoder = Encoder::new(codebook, batch * block);
+        let mut encoder = Encoder::new(codebook, block, batch);
         let mut stored = self.scales;
         let blocks = if matches!(stored, Scales::Plain(_)) { batch } else { SCALES };
         let mut scales = vec![0.0; blocks];
@@ -382,7 +392,7 @@ impl<E: Element> Kernel for Encode<'_, E> {
             let scales = &mut scales[..run.len().div_ceil(block)];
             let parts = || run.chunks(block).zip((i * blocks * block..).step_by(block));
             for (xs, scale) in run.chunks(block).zip(&mut *scales) {
-                *scale = E::magnitude(xs);
+                *scale = magnitude::<E>(xs);
             }
             if let Some(search) = &mut search {
                 search.scales::<E>(run, scales);
@@ -425,68 +435,97 @@ impl<E: Element> Kernel for Encode<'_, E> {
             }
             let batches = run.chunks(batch * block).zip(scales.chunks(batch));
             for ((xs, scales), codes) in batches.zip(codes.chunks_mut(batch * block / 2)) {
-                encoder.encode::<E>(xs, block, scales, codes);
+                encoder.encode::<E>(xs, scales, codes);
             }
         }
+    }
+}
+
+/// The largest magnitude of a block.
+#[inline(always)]
+fn magnitude<E: Element>(block: &[E::Raw]) -> f32 {
+    // Of a length that the compiler knows, since a loop over many lanes at a time would leave short
+    // blocks to the loop for what remains.
+    if let Ok(block) = <&[E::Raw; 32]>::try_from(block) {
+        E::magnitude(block)
+    } else if let Ok(block) = <&[E::Raw; 64]>::try_from(block) {
+        E::magnitude(block)
+    } else {
+        E::magnitude(block)
     }
 }
 
 /// Encodes runs of blocks.
 struct Encoder {
     codebook: Codebook,
-    staircase: Staircase,
-    /// One over each weight's scale: a block is too short for a loop of its own.
+    block: usize,
+    /// One over the scale of each chunk of a run.
     reciprocals: Vec<f32>,
-    /// The codes of a run, each a byte.
-    codes: Vec<u8>,
+    /// The codes of a run, in lanes as wide as those that they are found in: every outcome of a
+    /// comparison would be narrowed by itself.
+    codes: Vec<u32>,
 }
 
 impl Encoder {
-    /// For runs of at most `len` weights.
-    #[inline(always)]
-    fn new(codebook: Codebook, len: usize) -> Self {
-        let staircase = codebook.staircase();
-        Self { codebook, staircase, reciprocals: vec![0.0; len], codes: vec![0; len] }
+    /// For runs of at most so many blocks.
+    fn new(codebook: Codebook, block: usize, blocks: usize) -> Self {
+        let len = block * blocks;
+        Self { codebook, block, reciprocals: vec![0.0; len / 4], codes: vec![0; len] }
     }
 
     #[inline(always)]
-    fn encode<E: Element>(
-        &mut self,
-        run: &[E::Raw],
-        block: usize,
-        scales: &[f32],
-        packed: &mut [u8],
-    ) {
-        let mut all_finite = true;
-        for (reciprocals, &scale) in self.reciprocals.chunks_mut(block).zip(scales) {
-            all_finite &= scale.is_finite();
-            reciprocals.fill(1.0 / if scale < 1e-38 { 1e-38 } else { scale });
-        }
-        // No need to clamp: beyond the last midpoint all is the last entry.
-        let pairs = run.iter().zip(&self.reciprocals).zip(&mut self.codes);
-        match self.codebook {
-            // A NaN is beyond no midpoint.
-            Codebook::Nf4 => {
-                for ((&raw, reciprocal), code) in pairs {
-                    *code = self.staircase.below(E::widen(raw) * reciprocal) as u8;
-                }
-            }
-            Codebook::Fp4 => {
-                for ((&raw, reciprocal), code) in pairs {
-                    *code = self.staircase.fp4(E::widen(raw) * reciprocal) as u8;
-                }
-                if !all_finite {
-                    // Products with one over such a scale are zeros and NaNs.
-                    for (codes, scale) in self.codes.chunks_mut(block).zip(scales) {
-                        if !scale.is_finite() {
-                            codes.fill(0);
-                        }
-                    }
-                }
-            }
+    fn encode<E: Element>(&mut self, run: &[E::Raw], scales: &[f32], packed: &mut [u8]) {
+        if self.block.is_multiple_of(32) {
+            self.find::<E, 32>(run, scales);
+        } else {
+            self.find::<E, 4>(run, scales);
         }
         for (byte, [first, second]) in packed.iter_mut().zip(self.codes.as_chunks::<2>().0) {
-            *byte = first << 4 | second;
+            *byte = (first << 4 | second) as u8;
+        }
+        if self.codebook == Codebook::Fp4 {
+            for (packed, scale) in packed.chunks_mut(self.block / 2).zip(scales) {
+                // Products with one over such a scale are zeros and NaNs.
+                if !scale.is_finite() {
+                    packed.fill(0);
+                }
+            }
+        }
+    }
+
+    /// Finds the codes of a run in chunks of `N`, of which a block is a multiple: a block is too
+    /// short for a loop of its own.
+    #[inline(always)]
+    fn find<E: Element, const N: usize>(&mut self, run: &[E::Raw], scales: &[f32]) {
+        const NF4: Staircase = Codebook::Nf4.staircase();
+        const FP4: Staircase = Codebook::Fp4.staircase();
+        let reciprocal = |scale: f32| 1.0 / if scale < 1e-38 { 1e-38 } else { scale };
+        if self.block == N {
+            for (chunk, &scale) in self.reciprocals.iter_mut().zip(scales) {
+                *chunk = reciprocal(scale);
+            }
+        } else {
+            for (chunks, &scale) in self.reciprocals.chunks_mut(self.block / N).zip(scales) {
+                chunks.fill(reciprocal(scale));
+            }
+        }
+        match self.codebook {
+            // A NaN is beyond no midpoint.
+            Codebook::Nf4 => self.find_by::<E, N>(run, |y| NF4.below(y)),
+            Codebook::Fp4 => self.find_by::<E, N>(run, |y| FP4.fp4(y)),
+        }
+    }
+
+    #[inline(always)]
+    fn find_by<E: Element, const N: usize>(&mut self, run: &[E::Raw], code: impl Fn(f32) -> u32) {
+        // No need to clamp: beyond the last midpoint all is the last entry.
+        let (chunks, rest) = run.as_chunks::<N>();
+        let found = chunks.iter().zip(self.codes.as_chunks_mut::<N>().0);
+        for ((chunk, codes), &reciprocal) in found.zip(&self.reciprocals) {
+            *codes = chunk.map(|raw| code(E::widen(raw) * reciprocal));
+        }
+        for (&raw, out) in rest.iter().zip(&mut self.codes[chunks.len() * N..]) {
+            *out = code(E::widen(raw) * self.reciprocals[chunks.len()]);
         }
     }
 }
