@@ -332,8 +332,8 @@ impl Element for F16 {
         let bits = if x.is_nan() {
             0x7e00
         } else if magnitude < f32::from_bits(113 << 23) {
-            // A multiple of 2^-24, below 2^-14.
-            (magnitude * 16_777_216.0) as u16
+            // A multiple of 2^-24, below 2^-14: a sum in [0.5, 1) has that spacing.
+            (magnitude + 0.5).to_bits() as u16
         } else if magnitude > 65504.0 {
             0x7c00
         } else {
