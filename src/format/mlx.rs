@@ -11,7 +11,8 @@
 //! ```
 //!
 //! Experts `M.experts.N.P.weight` are shown as one weight `M.switch_mlp.P` of shape `[E, R, C]`, in the
-//! shard of the first.
+//! shard of the first, and so are those that are stored in one tensor already (`fused_experts`). Some
+//! models have another name for it (`mlx_mixtures`).
 //!
 //! Token embeddings and the output head are quantized too. A loader takes a module for quantized
 //! when it has `scales`, so what is kept needs no list. Both `quantization` and
@@ -24,13 +25,13 @@ use std::collections::HashMap;
 use serde_json::{Value, json};
 
 use super::takes::{Grain, Takes};
-use super::{Format, Plan, Reader, mlx_mixtures, ran};
+use super::{Format, Plan, Reader, Stack, fused_experts, mlx_mixtures, ran};
 use crate::error::Result;
 use crate::quant::{
     AffineScheme, Granularity, MicroDialect, MicroFloat, MicroScheme, Quality, Scheme,
 };
 use crate::recipe::{Assignment, Decision, Joined, Offer, Request, Schemes, module_of};
-use crate::source::Catalog;
+use crate::source::{Catalog, TensorId};
 
 /// One of MLX's modes of quantization.
 #[derive(Debug)]
@@ -97,7 +98,7 @@ impl Format for Mlx {
 
     fn readers(&self) -> &'static [Reader] {
         const MLX_LM: Reader =
-            ran("mlx-lm", "0.32.2, a Llama and five mixtures (`tests/consumers/mlx_*.py`)");
+            ran("mlx-lm", "0.32.2, a Llama and ten mixtures (`tests/consumers/mlx_*.py`)");
         match self.mode {
             "affine" => {
                 const { &[MLX_LM, ran("mistral.rs", "0.9.5, a Llama (`tests/consumers/mistral.py`)")] }
@@ -107,27 +108,73 @@ impl Format for Mlx {
     }
 
     fn plan(&self, catalog: &Catalog, config: Option<&Value>, request: &Request) -> Result<Plan> {
-        self.takes.check(self.name, request)?;
-        let numbers = |request: &Request| match self.takes.granularity(request) {
+        let stacks = mlx_mixtures::stacks(catalog, config);
+        let assignment = self.assign(catalog, config, request, stacks.is_some())?;
+        Ok(self.lay_out(catalog, request, assignment, stacks))
+    }
+
+    fn plan_in_parts(
+        &self,
+        catalog: &Catalog,
+        config: Option<&Value>,
+        request: &Request,
+    ) -> Result<(Plan, Option<Catalog>)> {
+        let is_known = mlx_mixtures::joint(config).is_some();
+        let Some(split) = is_known.then(|| fused_experts::split(catalog)).flatten() else {
+            return Ok((self.plan(catalog, config, request)?, None));
+        };
+        let is_joined = mlx_mixtures::stacks(split.catalog(), config).is_some();
+        let assignment = self.assign(split.catalog(), config, request, is_joined)?;
+        let (split, assignment) = split.rejoin_kept(catalog, assignment);
+        let stacks = mlx_mixtures::stacks(&split, config);
+        Ok((self.lay_out(&split, request, assignment, stacks), Some(split)))
+    }
+}
+
+impl Mlx {
+    /// Bits and group size.
+    fn numbers(&self, request: &Request) -> (u8, u32) {
+        match self.takes.granularity(request) {
             Granularity::Group(size) => (self.takes.bits(request), size),
             Granularity::Channel => unreachable!("MLX has groups"),
-        };
-        let scheme = |request: &Request| {
-            let (bits, group_size) = numbers(request);
-            (self.scheme)(bits, group_size, request.quality)
-        };
-        let stacks = mlx_mixtures::stacks(catalog, config);
+        }
+    }
+
+    fn scheme(&self, request: &Request) -> Scheme {
+        let (bits, group_size) = self.numbers(request);
+        (self.scheme)(bits, group_size, request.quality)
+    }
+
+    fn assign(
+        &self,
+        catalog: &Catalog,
+        config: Option<&Value>,
+        request: &Request,
+        joins_experts: bool,
+    ) -> Result<Assignment> {
+        self.takes.check(self.name, request)?;
         let mut offer = Offer::mixed(request, Joined::Stacks, |request| {
-            let dense = scheme(request);
-            Schemes { dense, experts: stacks.as_ref().map(|_| dense) }
+            let dense = self.scheme(request);
+            Schemes { dense, experts: joins_experts.then_some(dense) }
         });
-        if mlx_mixtures::splits_kv_b(config) && !matches!(scheme(request), Scheme::Affine(_)) {
+        let is_affine = matches!(self.scheme(request), Scheme::Affine(_));
+        if mlx_mixtures::splits_kv_b(config) && !is_affine {
             offer = offer.sparing(".kv_b_proj", "split by the loader");
         }
-        let assignment = Assignment::with_ends(catalog, config, request, offer)?;
+        Assignment::with_ends(catalog, config, request, offer)
+    }
+
+    /// The tensors shown. `stacks` are experts that are shown as one, each with its weights in order.
+    fn lay_out(
+        &self,
+        catalog: &Catalog,
+        request: &Request,
+        assignment: Assignment,
+        stacks: Option<Vec<(Stack, Vec<TensorId>)>>,
+    ) -> Plan {
         let mut plan = Plan::new(assignment, catalog.tensors().len() * 3);
         plan.framework = "mlx";
-        let suffixes: &[&str] = match scheme(request) {
+        let suffixes: &[&str] = match self.scheme(request) {
             Scheme::Affine(_) => &["weight", "scales", "biases"],
             _ => &["weight", "scales"],
         };
@@ -150,7 +197,7 @@ impl Format for Mlx {
             }
         }
         let describe = |bits: u8, group_size: u32| json!({ "group_size": group_size, "bits": bits, "mode": self.mode });
-        let (bits, group_size) = numbers(request);
+        let (bits, group_size) = self.numbers(request);
         let mut declared = describe(bits, group_size);
         for item in &plan.items {
             if let Some(weight) = plan.weights_of(item).first()
@@ -163,6 +210,6 @@ impl Format for Mlx {
         }
         plan.declare("quantization", declared.clone());
         plan.declare("quantization_config", declared);
-        Ok(plan)
+        plan
     }
 }

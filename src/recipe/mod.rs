@@ -21,7 +21,7 @@ use crate::threads;
 use ignore::KeptModule;
 use linear::{Kind, Reason};
 pub use llama_cpp::{LlamaCppName, llama_cpp_names};
-pub use overrides::{Joined, Override, Setting, stack_of};
+pub use overrides::{Joined, Override, Setting, fused_name, stack_of};
 use pattern::Patterns;
 pub use vocabulary::fused_group;
 
@@ -293,6 +293,12 @@ impl Assignment {
         let keep = Decision::Keep { reason: reason.into(), linear: false };
         let decisions = vec![keep; catalog.tensors().len()];
         Self { decisions, ignore: Vec::new(), warnings: Vec::new() }
+    }
+
+    /// The same for a catalog that shows the weights as other tensors, of which each has the decision
+    /// given.
+    pub(crate) fn regrouped(self, decisions: Vec<Decision>) -> Self {
+        Self { decisions, ..self }
     }
 
     /// The modules that a loader must leave alone although it has a Linear there, by every name
