@@ -20,7 +20,8 @@
 
 use serde_json::{Value, json};
 
-use super::ct_config::{declare, group};
+use super::ct_config::{declare, group, single_experts};
+use super::fused_experts::{self, Kept};
 use super::takes::{Grain, Takes};
 use super::{Format, Plan, Reader, by_layout, ran};
 use crate::dtype::Dtype;
@@ -68,15 +69,34 @@ impl Format for PackQuantized {
     }
 
     fn plan(&self, catalog: &Catalog, config: Option<&Value>, request: &Request) -> Result<Plan> {
-        let takes = self.takes();
-        takes.check(self.name(), request)?;
-        plan(catalog, config, request, |request| IntScheme {
-            bits: takes.bits(request),
-            granularity: takes.granularity(request),
+        let assignment = assign(self, Self::scheme, catalog, config, request)?;
+        Ok(lay_out(Self::scheme, catalog, request, assignment))
+    }
+
+    fn plan_in_parts(
+        &self,
+        catalog: &Catalog,
+        config: Option<&Value>,
+        request: &Request,
+    ) -> Result<(Plan, Option<Catalog>)> {
+        fused_experts::plan(
+            catalog,
+            single_experts(config),
+            |catalog| assign(self, Self::scheme, catalog, config, request),
+            |catalog, assignment| lay_out(Self::scheme, catalog, request, assignment),
+        )
+    }
+}
+
+impl PackQuantized {
+    fn scheme(request: &Request) -> IntScheme {
+        IntScheme {
+            bits: Self.takes().bits(request),
+            granularity: Self.takes().granularity(request),
             symmetric: request.symmetric.unwrap_or(true),
             packing: Packing::Packed32,
             quality: request.quality,
-        })
+        }
     }
 }
 
@@ -106,29 +126,60 @@ impl Format for IntQuantized {
     }
 
     fn plan(&self, catalog: &Catalog, config: Option<&Value>, request: &Request) -> Result<Plan> {
-        self.takes().check(self.name(), request)?;
-        plan(catalog, config, request, |request| IntScheme {
+        let assignment = assign(self, Self::scheme, catalog, config, request)?;
+        Ok(lay_out(Self::scheme, catalog, request, assignment))
+    }
+
+    fn plan_in_parts(
+        &self,
+        catalog: &Catalog,
+        config: Option<&Value>,
+        request: &Request,
+    ) -> Result<(Plan, Option<Catalog>)> {
+        fused_experts::plan(
+            catalog,
+            single_experts(config),
+            |catalog| assign(self, Self::scheme, catalog, config, request),
+            |catalog, assignment| lay_out(Self::scheme, catalog, request, assignment),
+        )
+    }
+}
+
+impl IntQuantized {
+    fn scheme(request: &Request) -> IntScheme {
+        IntScheme {
             bits: 8,
             granularity: Granularity::Channel,
             symmetric: true,
             packing: Packing::Int8,
             quality: request.quality,
-        })
+        }
     }
 }
 
-fn plan(
+fn assign(
+    format: &dyn Format,
+    scheme: fn(&Request) -> IntScheme,
     catalog: &Catalog,
     config: Option<&Value>,
     request: &Request,
-    scheme: impl Fn(&Request) -> IntScheme,
-) -> Result<Plan> {
+) -> Result<Assignment> {
+    format.takes().check(format.name(), request)?;
     let offer = Offer::mixed(request, Joined::Projections, |request| {
         let dense = scheme(request);
-        let experts = experts_scheme(catalog, dense);
+        let is_linear = single_experts(config) == Some(Kept::Single);
+        let experts = if is_linear { dense } else { experts_scheme(catalog, dense) };
         Schemes { dense: Scheme::Int(dense), experts: Some(Scheme::Int(experts)) }
     });
-    let assignment = Assignment::new(catalog, config, request, offer)?;
+    Assignment::new(catalog, config, request, offer)
+}
+
+fn lay_out(
+    scheme: fn(&Request) -> IntScheme,
+    catalog: &Catalog,
+    request: &Request,
+    assignment: Assignment,
+) -> Plan {
     let mut plan = Plan::new(assignment, catalog.tensors().len() * 2);
     for (id, tensor) in catalog.tensors().iter().enumerate() {
         let Decision::Quantize(Scheme::Int(int)) = plan.assignment[id] else {
@@ -152,7 +203,7 @@ fn plan(
         Scheme::Int(int) => config_group(int, target),
         _ => unreachable!("nothing else was offered"),
     });
-    Ok(plan)
+    plan
 }
 
 /// How experts that are stored one by one are quantized. transformers joins them while it loads

@@ -14,14 +14,17 @@
 //! Upstream: the `Experts` modules of transformers 5.23, where `gate, up = ....chunk(2, dim=-1)`. Models
 //! where gate and up alternate have biases too (gpt-oss).
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 
+use super::Plan;
+use crate::error::Result;
 use crate::recipe::{Assignment, Decision, module_of};
 use crate::source::{Catalog, Matrices, Order, Tensor, TensorId};
 
 /// A catalog with every expert on its own.
 #[derive(Debug)]
-pub(super) struct Split {
+struct Split {
     catalog: Catalog,
     /// For each of its tensors the stored one that it is of.
     origins: Vec<TensorId>,
@@ -29,8 +32,50 @@ pub(super) struct Split {
     mixtures: HashMap<TensorId, usize>,
 }
 
+/// How loaders of a format that takes experts one by one, or joined from such, take a mixture of which
+/// something is kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kept {
+    /// As it is stored.
+    Fused,
+    /// One by one all the same.
+    Single,
+}
+
+/// What [`Format::plan_in_parts`](super::Format::plan_in_parts) returns of a format that shows fused
+/// experts one by one, or joins them again. `kept` is `None` where its loaders take none of these.
+///
+/// # Errors
+/// What `assign` complains of.
+pub(super) fn plan(
+    stored: &Catalog,
+    kept: Option<Kept>,
+    assign: impl Fn(&Catalog) -> Result<Assignment>,
+    lay_out: impl Fn(&Catalog, Assignment) -> Plan,
+) -> Result<(Plan, Option<Catalog>)> {
+    let Some(split) = kept.and_then(|_| split(stored)) else {
+        return Ok((lay_out(stored, assign(stored)?), None));
+    };
+    let assignment = assign(&split.catalog)?;
+    let is_quantized = |id| matches!(assignment[id], Decision::Quantize(_));
+    let is_plain = !(0..split.origins.len()).any(is_quantized);
+    let rejoined = if kept == Some(Kept::Fused) || is_plain {
+        split.rejoined(stored, &assignment)
+    } else {
+        None
+    };
+    let (catalog, assignment) = match rejoined {
+        None => (split.catalog, assignment),
+        Some((catalog, reasons)) => {
+            let rejoined = assign(&catalog)?.explained(reasons, &assignment);
+            (catalog, rejoined)
+        }
+    };
+    Ok((lay_out(&catalog, assignment), Some(catalog)))
+}
+
 /// A catalog's tensors with its fused experts one by one; `None` where it has none.
-pub(super) fn split(catalog: &Catalog) -> Option<Split> {
+fn split(catalog: &Catalog) -> Option<Split> {
     let mut fused = HashMap::new();
     let mut mixtures = HashMap::new();
     for (id, tensor) in catalog.tensors().iter().enumerate() {
@@ -94,18 +139,13 @@ fn mixture<'a>(
 }
 
 impl Split {
-    /// All tensors, the parts of a fused one in its place.
-    pub(super) fn catalog(&self) -> &Catalog {
-        &self.catalog
-    }
-
-    /// The catalog, and what is decided of its tensors, with mixtures of which something is kept as they
-    /// are in the catalog `stored`: a loader that splits them takes all of one or nothing.
-    pub(super) fn rejoin_kept(
-        self,
+    /// The catalog with mixtures of which something is kept as they are in the catalog `stored`, and, by
+    /// position in it, why; `None` where nothing of any is kept.
+    fn rejoined(
+        &self,
         stored: &Catalog,
-        assignment: Assignment,
-    ) -> (Catalog, Assignment) {
+        assignment: &Assignment,
+    ) -> Option<(Catalog, HashMap<TensorId, Cow<'static, str>>)> {
         // Of each mixture the first that is kept, and of each stored tensor.
         let (mut kept, mut own) = (HashMap::new(), HashMap::new());
         for (id, origin) in self.origins.iter().enumerate() {
@@ -117,15 +157,14 @@ impl Split {
             }
         }
         if kept.is_empty() {
-            return (self.catalog, assignment);
+            return None;
         }
-        let (mut tensors, mut decisions) = (Vec::new(), Vec::new());
+        let (mut tensors, mut reasons) = (Vec::new(), HashMap::new());
         let mut rejoined = None;
         for (id, origin) in self.origins.iter().enumerate() {
             let Some((first, reason)) = self.mixtures.get(origin).and_then(|it| kept.get(it))
             else {
                 tensors.push(self.catalog[id].clone());
-                decisions.push(assignment[id].clone());
                 continue;
             };
             if rejoined == Some(*origin) {
@@ -140,11 +179,11 @@ impl Split {
                     format!("split with {first}, which is kept: {reason}").into()
                 }
             };
+            reasons.insert(tensors.len(), reason);
             tensors.push(stored[*origin].clone());
-            decisions.push(Decision::Keep { reason, linear: false });
         }
         let catalog = Catalog::new(tensors).expect("a subset of names, and stored ones");
-        (catalog, assignment.regrouped(decisions))
+        Some((catalog, reasons))
     }
 }
 
@@ -167,7 +206,7 @@ mod tests {
         let catalog = Catalog::new(stored.iter().map(tensor).collect()).expect("unique");
         let split = split(&catalog);
         let found: Option<Vec<(&str, &[u64])>> = split.as_ref().map(|split| {
-            let tensors = split.catalog().tensors().iter();
+            let tensors = split.catalog.tensors().iter();
             tensors.map(|tensor| (&*tensor.name, &*tensor.shape)).collect()
         });
         assert_eq!(found.as_deref(), expected, "{stored:?}");

@@ -24,14 +24,15 @@ use std::collections::HashMap;
 
 use serde_json::{Value, json};
 
+use super::fused_experts::{self, Kept};
 use super::takes::{Grain, Takes};
-use super::{Format, Plan, Reader, Stack, fused_experts, mlx_mixtures, ran};
+use super::{Format, Plan, Reader, mlx_mixtures, ran};
 use crate::error::Result;
 use crate::quant::{
     AffineScheme, Granularity, MicroDialect, MicroFloat, MicroScheme, Quality, Scheme,
 };
 use crate::recipe::{Assignment, Decision, Joined, Offer, Request, Schemes, module_of};
-use crate::source::{Catalog, TensorId};
+use crate::source::Catalog;
 
 /// One of MLX's modes of quantization.
 #[derive(Debug)]
@@ -108,9 +109,8 @@ impl Format for Mlx {
     }
 
     fn plan(&self, catalog: &Catalog, config: Option<&Value>, request: &Request) -> Result<Plan> {
-        let stacks = mlx_mixtures::stacks(catalog, config);
-        let assignment = self.assign(catalog, config, request, stacks.is_some())?;
-        Ok(self.lay_out(catalog, request, assignment, stacks))
+        let assignment = self.assign(catalog, config, request)?;
+        Ok(self.lay_out(catalog, config, request, assignment))
     }
 
     fn plan_in_parts(
@@ -119,15 +119,12 @@ impl Format for Mlx {
         config: Option<&Value>,
         request: &Request,
     ) -> Result<(Plan, Option<Catalog>)> {
-        let is_known = mlx_mixtures::joint(config).is_some();
-        let Some(split) = is_known.then(|| fused_experts::split(catalog)).flatten() else {
-            return Ok((self.plan(catalog, config, request)?, None));
-        };
-        let is_joined = mlx_mixtures::stacks(split.catalog(), config).is_some();
-        let assignment = self.assign(split.catalog(), config, request, is_joined)?;
-        let (split, assignment) = split.rejoin_kept(catalog, assignment);
-        let stacks = mlx_mixtures::stacks(&split, config);
-        Ok((self.lay_out(&split, request, assignment, stacks), Some(split)))
+        fused_experts::plan(
+            catalog,
+            mlx_mixtures::joint(config).map(|_| Kept::Fused),
+            |catalog| self.assign(catalog, config, request),
+            |catalog, assignment| self.lay_out(catalog, config, request, assignment),
+        )
     }
 }
 
@@ -150,9 +147,9 @@ impl Mlx {
         catalog: &Catalog,
         config: Option<&Value>,
         request: &Request,
-        joins_experts: bool,
     ) -> Result<Assignment> {
         self.takes.check(self.name, request)?;
+        let joins_experts = mlx_mixtures::stacks(catalog, config).is_some();
         let mut offer = Offer::mixed(request, Joined::Stacks, |request| {
             let dense = self.scheme(request);
             Schemes { dense, experts: joins_experts.then_some(dense) }
@@ -164,14 +161,14 @@ impl Mlx {
         Assignment::with_ends(catalog, config, request, offer)
     }
 
-    /// The tensors shown. `stacks` are experts that are shown as one, each with its weights in order.
     fn lay_out(
         &self,
         catalog: &Catalog,
+        config: Option<&Value>,
         request: &Request,
         assignment: Assignment,
-        stacks: Option<Vec<(Stack, Vec<TensorId>)>>,
     ) -> Plan {
+        let stacks = mlx_mixtures::stacks(catalog, config);
         let mut plan = Plan::new(assignment, catalog.tensors().len() * 3);
         plan.framework = "mlx";
         let suffixes: &[&str] = match self.scheme(request) {

@@ -295,10 +295,20 @@ impl Assignment {
         Self { decisions, ignore: Vec::new(), warnings: Vec::new() }
     }
 
-    /// The same for a catalog that shows the weights as other tensors, of which each has the decision
-    /// given.
-    pub(crate) fn regrouped(self, decisions: Vec<Decision>) -> Self {
-        Self { decisions, ..self }
+    /// The same, with the reasons given for what is kept, and the warnings of an assignment that they
+    /// come from.
+    pub(crate) fn explained(
+        mut self,
+        reasons: impl IntoIterator<Item = (TensorId, Cow<'static, str>)>,
+        from: &Self,
+    ) -> Self {
+        for (id, why) in reasons {
+            if let Decision::Keep { reason, .. } = &mut self.decisions[id] {
+                *reason = why;
+            }
+        }
+        self.warnings.clone_from(&from.warnings);
+        self
     }
 
     /// The modules that a loader must leave alone although it has a Linear there, by every name

@@ -53,7 +53,8 @@ COVERAGE = 0.9
 # The loader builds these without `weight` and then initializes `weight`: it needs `dequantize=True`.
 COMPRESSED = re.compile(r"^(?!.*(t5|clip|siglip|mamba|falcon|gpt-bigcode|modernbert|wav2vec2|paligemma))")
 
-# The loader makes Linears of its experts, one by one, and finds no weights for them.
+# To the loader its experts are Linears where the checkpoint is quantized, and fused where it is not: the
+# reference, which is not, can't be loaded (see mixtures.py).
 UNREAD = {"llama4"}
 
 # Linears that stay as they are: output heads, routers, and beside a language model its encoders.

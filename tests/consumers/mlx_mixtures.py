@@ -20,9 +20,10 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
 
 from mounted import mounted
+from published import as_published
 
 MIXTURES = ["qwen2-moe", "qwen3-moe", "mixtral", "olmoe", "deepseek-v3"]
-# Published with fused experts, the first two in another shape than transformers saves them.
+# Published with fused experts.
 FUSED = ["qwen3-5-moe", "qwen3-vl-moe", "llama4", "gemma4", "mistral4"]
 # Flags, and the least distance in dB.
 FLAGS = {
@@ -78,30 +79,6 @@ def older_words(directory):
     path.write_text(json.dumps(config, indent=2))
 
 
-def as_published(name, directory):
-    """The experts in the tensors of the published models."""
-    shards = sorted(directory.glob("*.safetensors"))
-    weights = {}
-    for shard in shards:
-        weights.update(mx.load(str(shard)))
-        shard.unlink()
-    if name == "qwen3-5-moe":
-        for mixture in {key.split(".experts.")[0] + ".experts" for key in weights if ".experts." in key}:
-            count = len([key for key in weights if key.startswith(mixture) and key.endswith("down_proj.weight")])
-            gate, up, down = (
-                mx.stack([weights.pop(f"{mixture}.{expert}.{part}_proj.weight") for expert in range(count)])
-                for part in ("gate", "up", "down")
-            )
-            weights[f"{mixture}.gate_up_proj"] = mx.concatenate([gate, up], axis=1)
-            weights[f"{mixture}.down_proj"] = down
-    if name == "qwen3-vl-moe":
-        for key in weights:
-            if ".experts." in key:
-                weights[key] = mx.contiguous(weights[key].swapaxes(1, 2))
-    (directory / "model.safetensors.index.json").unlink()
-    mx.save_safetensors(str(directory / "model.safetensors"), weights, {"format": "pt"})
-
-
 def main():
     binary, models, *names = sys.argv[1:]
     names = names or MIXTURES + FUSED
@@ -112,7 +89,7 @@ def main():
             shutil.copytree(Path(models) / name, model)
             older_words(model)
             if name in FUSED:
-                as_published(name, model)
+                as_published(model)
             original, _ = logits(model)
             for flags, least in FLAGS.items():
                 with mounted(binary, model, *flags.split()) as mount:
