@@ -14,6 +14,8 @@
 //!   X.weight_scale       as X.weight [R, 1]
 //! ```
 //!
+//! Fused experts are shown one by one where a loader reads them so (`fused_experts`, `ct_config`).
+//!
 //! Upstream: `compressed_tensors/compressors/pack_quantized` and `naive_quantized` of
 //! github.com/vllm-project/compressed-tensors 0.19.0 and 0.20.0. 3, 5, 6 and 7 bits are packed as
 //! from 0.18 on.
@@ -56,7 +58,7 @@ impl Format for PackQuantized {
             &[
                 ran(
                     "transformers",
-                    "5.23 + compressed-tensors 0.20.0, 51 architectures at 4 bits; 2, 3, 8 bits, channel, \
+                    "5.23 + compressed-tensors 0.20.0, 55 architectures at 4 bits; 2, 3, 8 bits, channel, \
                  asymmetric on some",
                 ),
                 ran(
