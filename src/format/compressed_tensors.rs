@@ -14,7 +14,7 @@
 //!   X.weight_scale       as X.weight [R, 1]
 //! ```
 //!
-//! Fused experts are shown one by one where a loader reads them so (`fused_experts`, `ct_config`).
+//! Fused experts are shown one by one where a loader reads them so (`fused_experts`).
 //!
 //! Upstream: `compressed_tensors/compressors/pack_quantized` and `naive_quantized` of
 //! github.com/vllm-project/compressed-tensors 0.19.0 and 0.20.0. 3, 5, 6 and 7 bits are packed as
@@ -22,7 +22,7 @@
 
 use serde_json::{Value, json};
 
-use super::ct_config::{declare, group, single_experts};
+use super::ct_config::{declare, group};
 use super::fused_experts::{self, Kept};
 use super::takes::{Grain, Takes};
 use super::{Format, Plan, Reader, by_layout, ran};
@@ -83,7 +83,7 @@ impl Format for PackQuantized {
     ) -> Result<(Plan, Option<Catalog>)> {
         fused_experts::plan(
             catalog,
-            single_experts(config),
+            fused_experts::in_transformers(config),
             |catalog| assign(self, Self::scheme, catalog, config, request),
             |catalog, assignment| lay_out(Self::scheme, catalog, request, assignment),
         )
@@ -140,7 +140,7 @@ impl Format for IntQuantized {
     ) -> Result<(Plan, Option<Catalog>)> {
         fused_experts::plan(
             catalog,
-            single_experts(config),
+            fused_experts::in_transformers(config),
             |catalog| assign(self, Self::scheme, catalog, config, request),
             |catalog, assignment| lay_out(Self::scheme, catalog, request, assignment),
         )
@@ -169,7 +169,7 @@ fn assign(
     format.takes().check(format.name(), request)?;
     let offer = Offer::mixed(request, Joined::Projections, |request| {
         let dense = scheme(request);
-        let is_linear = single_experts(config) == Some(Kept::Single);
+        let is_linear = fused_experts::in_transformers(config) == Some(Kept::Single);
         let experts = if is_linear { dense } else { experts_scheme(catalog, dense) };
         Schemes { dense: Scheme::Int(dense), experts: Some(Scheme::Int(experts)) }
     });

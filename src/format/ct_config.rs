@@ -5,51 +5,12 @@ use std::collections::HashSet;
 use serde_json::{Map, Value, json};
 
 use super::Plan;
-use super::fused_experts::Kept;
 use crate::quant::Scheme;
 use crate::recipe::{Decision, is_expert, module_of, names_in_loaders};
 use crate::source::Catalog;
 
 /// The loader finds the experts' group by the word in its pattern.
 const EXPERTS: &str = r"re:(?:.*\.)?experts\.\d+\..*";
-
-/// Types of models whose loader joins experts that are stored one by one: `experts.*.gate_proj.weight`
-/// and `up_proj`. (`conversion_mapping.py` of transformers 5.23.)
-const JOINED: &[&str] = &[
-    "afmoe",
-    "axk1",
-    "cohere2_moe",
-    "deepseek_v2",
-    "deepseek_v3",
-    "deepseek_v32",
-    "dots1",
-    "ernie4_5_moe",
-    "exaone_moe",
-    "flex_olmo",
-    "glm4_moe",
-    "glm4_moe_lite",
-    "glm4v_moe",
-    "glm_moe_dsa",
-    "hunyuan_v1_moe",
-    "laguna",
-    "mellum",
-    "olmoe",
-    "qwen2_moe",
-    "qwen3_5_moe",
-    "qwen3_5_moe_text",
-    "qwen3_moe",
-    "qwen3_next",
-    "solar_open",
-];
-
-/// How loaders read the experts of a model if not fused: those that they join, or Llama-4's, which are
-/// Linears to them where the checkpoint is quantized. (`quantizers/base.py` of transformers 5.23.)
-pub(super) fn single_experts(config: Option<&Value>) -> Option<Kept> {
-    match config?.get("model_type")?.as_str()? {
-        "llama4" | "llama4_text" => Some(Kept::Single),
-        kind => JOINED.contains(&kind).then_some(Kept::Fused),
-    }
-}
 
 /// Declares a plan in `quantization_config`, as compressed-tensors 0.20 writes it, less its null fields: older readers
 /// refuse fields that they don't know.

@@ -26,7 +26,7 @@
 
 use serde_json::{Value, json};
 
-use super::ct_config::{declare, group, single_experts};
+use super::ct_config::{declare, group};
 use super::fused_experts::{self, Kept};
 use super::takes::{Grain, Takes};
 use super::{Format, Plan, Reader, by_layout, ran};
@@ -222,7 +222,7 @@ impl Format for CtFloat {
         let is_read = |_: &Kept| self.experts(config).is_some();
         fused_experts::plan(
             catalog,
-            single_experts(config).filter(is_read),
+            fused_experts::in_transformers(config).filter(is_read),
             |catalog| self.assign(catalog, config, request),
             |catalog, assignment| self.lay_out(catalog, request, assignment),
         )
@@ -232,7 +232,7 @@ impl Format for CtFloat {
 impl CtFloat {
     /// How experts of a model are written.
     fn experts(&self, config: Option<&Value>) -> Option<&Self> {
-        match single_experts(config) {
+        match fused_experts::in_transformers(config) {
             Some(Kept::Single) => Some(self),
             _ => self.experts,
         }
