@@ -274,6 +274,33 @@ fn stacked_experts_share_numbers_or_have_their_own() {
 }
 
 #[test]
+fn experts_that_are_split_have_the_numbers_of_the_tensor_that_holds_them() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let model = support::fused_mixture(&dir.path().join("model"), true);
+    let plain = tensors(&open(&model, &request("mlx", None)).expect("a view"));
+    let up = "model.layers.0.mlp.switch_mlp.up_proj.scales";
+    let third = |tensors: &BTreeMap<String, Vec<u8>>, expert: usize| {
+        let all = &tensors[up];
+        all[expert * all.len() / 3..][..all.len() / 3].to_vec()
+    };
+    let mut own = vec![1.0; 3 * 256];
+    own[256..512].copy_from_slice(&features(3, 256));
+    for (numbers, matrices, changed) in
+        [(features(3, 256), 1, [true, true, true]), (own, 3, [false, true, false])]
+    {
+        let name = "model.layers.0.mlp.experts.gate_up_proj".to_owned();
+        let file = safetensors(dir.path(), &Entries::from([(name, (numbers, matrices))]));
+        let found = tensors(&open(&model, &request("mlx", Some(&file))).expect("a view"));
+        for (expert, changed) in changed.into_iter().enumerate() {
+            let differs = third(&found, expert) != third(&plain, expert);
+            assert_eq!(differs, changed, "expert {expert} of {matrices}");
+        }
+        let down = "model.layers.0.mlp.switch_mlp.down_proj.scales";
+        assert_eq!(found[down], plain[down]);
+    }
+}
+
+#[test]
 fn refuses_what_has_no_effect_or_is_for_another_model() {
     let dir = tempfile::tempdir().expect("a directory");
     let model = support::llama(&dir.path().join("model"));

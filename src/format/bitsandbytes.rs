@@ -24,7 +24,7 @@
 //! to a length that does not depend on it.
 //!
 //! Experts that are stored one by one are kept: transformers joins them into one parameter, and reads no
-//! codes there.
+//! codes there. Llama-4's are Linears to it, stored fused or not.
 //!
 //! `X.weight` of 4 bits may be declared as BF16, F16 or F32, of the same bytes.
 //!
@@ -33,6 +33,7 @@
 
 use serde_json::{Value, json};
 
+use super::fused_experts::{self, Kept};
 use super::takes::{Grain, Takes};
 use super::{Format, Plan, Reader, by_layout, ran, skip};
 use crate::dtype::Dtype;
@@ -95,17 +96,52 @@ impl Format for FourBit {
     }
 
     fn plan(&self, catalog: &Catalog, config: Option<&Value>, request: &Request) -> Result<Plan> {
-        let takes = self.takes();
-        takes.check(self.name, request)?;
-        let Granularity::Group(block_size) = takes.granularity(request) else {
+        let assignment = self.assign(catalog, config, request)?;
+        Ok(self.lay_out(catalog, request, assignment))
+    }
+
+    fn plan_in_parts(
+        &self,
+        catalog: &Catalog,
+        config: Option<&Value>,
+        request: &Request,
+    ) -> Result<(Plan, Option<Catalog>)> {
+        fused_experts::plan(
+            catalog,
+            fused_experts::in_transformers(config).filter(|kept| *kept == Kept::Single),
+            |catalog| self.assign(catalog, config, request),
+            |catalog, assignment| self.lay_out(catalog, request, assignment),
+        )
+    }
+}
+
+impl FourBit {
+    fn scheme(&self, request: &Request) -> CodebookScheme {
+        let Granularity::Group(block_size) = self.takes().granularity(request) else {
             unreachable!("blocks have a size")
         };
-        let storage = request.storage.unwrap_or(Storage::U8);
-        let (codebook, double, quality) = (self.codebook, request.double_quant, request.quality);
-        let dense =
-            Scheme::Codebook(CodebookScheme { codebook, block_size, storage, double, quality });
-        let schemes = Schemes { dense, experts: None };
-        let assignment = Assignment::new(catalog, config, request, schemes)?;
+        CodebookScheme {
+            codebook: self.codebook,
+            block_size,
+            storage: request.storage.unwrap_or(Storage::U8),
+            double: request.double_quant,
+            quality: request.quality,
+        }
+    }
+
+    fn assign(
+        &self,
+        catalog: &Catalog,
+        config: Option<&Value>,
+        request: &Request,
+    ) -> Result<Assignment> {
+        self.takes().check(self.name, request)?;
+        let dense = Scheme::Codebook(self.scheme(request));
+        Assignment::new(catalog, config, request, schemes(dense, config))
+    }
+
+    fn lay_out(&self, catalog: &Catalog, request: &Request, assignment: Assignment) -> Plan {
+        let CodebookScheme { codebook, block_size, storage, double, .. } = self.scheme(request);
         let mut plan = Plan::new(assignment, catalog.tensors().len() * 4);
         let bytes = |table: &[f32]| table.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>();
         let (table, nested) = (bytes(&codebook.table()), bytes(&CodebookScheme::nested_table()));
@@ -145,7 +181,7 @@ impl Format for FourBit {
             declared["bnb_4bit_compute_dtype"] = torch_name(catalog[weight.tensor].dtype).into();
         }
         plan.declare("quantization_config", declared);
-        Ok(plan)
+        plan
     }
 }
 
@@ -167,9 +203,37 @@ impl Format for Int8 {
     }
 
     fn plan(&self, catalog: &Catalog, config: Option<&Value>, request: &Request) -> Result<Plan> {
+        let assignment = self.assign(catalog, config, request)?;
+        Ok(Self::lay_out(catalog, assignment))
+    }
+
+    fn plan_in_parts(
+        &self,
+        catalog: &Catalog,
+        config: Option<&Value>,
+        request: &Request,
+    ) -> Result<(Plan, Option<Catalog>)> {
+        fused_experts::plan(
+            catalog,
+            fused_experts::in_transformers(config).filter(|kept| *kept == Kept::Single),
+            |catalog| self.assign(catalog, config, request),
+            Self::lay_out,
+        )
+    }
+}
+
+impl Int8 {
+    fn assign(
+        &self,
+        catalog: &Catalog,
+        config: Option<&Value>,
+        request: &Request,
+    ) -> Result<Assignment> {
         self.takes().check(self.name(), request)?;
-        let schemes = Schemes { dense: Scheme::LlmInt8(LlmInt8Scheme), experts: None };
-        let assignment = Assignment::new(catalog, config, request, schemes)?;
+        Assignment::new(catalog, config, request, schemes(Scheme::LlmInt8(LlmInt8Scheme), config))
+    }
+
+    fn lay_out(catalog: &Catalog, assignment: Assignment) -> Plan {
         let mut plan = Plan::new(assignment, catalog.tensors().len() * 3);
         for id in 0..catalog.tensors().len() {
             match plan.assignment[id] {
@@ -183,8 +247,14 @@ impl Format for Int8 {
         let mut declared = declared(&plan, catalog);
         declared["load_in_8bit"] = true.into();
         plan.declare("quantization_config", declared);
-        Ok(plan)
+        plan
     }
+}
+
+/// Experts that the loader joins it can't join quantized; others are Linears like any.
+fn schemes(dense: Scheme, config: Option<&Value>) -> Schemes {
+    let is_linear = fused_experts::in_transformers(config) == Some(Kept::Single);
+    Schemes { dense, experts: is_linear.then_some(dense) }
 }
 
 const TRANSFORMERS: Reader =

@@ -14,6 +14,8 @@
 //!   X.weight_scale       as X.weight [R, 1]
 //! ```
 //!
+//! Fused experts are shown one by one where a loader reads them so (`fused_experts`).
+//!
 //! Upstream: `compressed_tensors/compressors/pack_quantized` and `naive_quantized` of
 //! github.com/vllm-project/compressed-tensors 0.19.0 and 0.20.0. 3, 5, 6 and 7 bits are packed as
 //! from 0.18 on.
@@ -21,6 +23,7 @@
 use serde_json::{Value, json};
 
 use super::ct_config::{declare, group};
+use super::fused_experts::{self, Kept};
 use super::takes::{Grain, Takes};
 use super::{Format, Plan, Reader, by_layout, ran};
 use crate::dtype::Dtype;
@@ -55,7 +58,7 @@ impl Format for PackQuantized {
             &[
                 ran(
                     "transformers",
-                    "5.23 + compressed-tensors 0.20.0, 51 architectures at 4 bits; 2, 3, 8 bits, channel, \
+                    "5.23 + compressed-tensors 0.20.0, 55 architectures at 4 bits; 2, 3, 8 bits, channel, \
                  asymmetric on some",
                 ),
                 ran(
@@ -68,15 +71,34 @@ impl Format for PackQuantized {
     }
 
     fn plan(&self, catalog: &Catalog, config: Option<&Value>, request: &Request) -> Result<Plan> {
-        let takes = self.takes();
-        takes.check(self.name(), request)?;
-        plan(catalog, config, request, |request| IntScheme {
-            bits: takes.bits(request),
-            granularity: takes.granularity(request),
+        let assignment = assign(self, Self::scheme, catalog, config, request)?;
+        Ok(lay_out(Self::scheme, catalog, request, assignment))
+    }
+
+    fn plan_in_parts(
+        &self,
+        catalog: &Catalog,
+        config: Option<&Value>,
+        request: &Request,
+    ) -> Result<(Plan, Option<Catalog>)> {
+        fused_experts::plan(
+            catalog,
+            fused_experts::in_transformers(config),
+            |catalog| assign(self, Self::scheme, catalog, config, request),
+            |catalog, assignment| lay_out(Self::scheme, catalog, request, assignment),
+        )
+    }
+}
+
+impl PackQuantized {
+    fn scheme(request: &Request) -> IntScheme {
+        IntScheme {
+            bits: Self.takes().bits(request),
+            granularity: Self.takes().granularity(request),
             symmetric: request.symmetric.unwrap_or(true),
             packing: Packing::Packed32,
             quality: request.quality,
-        })
+        }
     }
 }
 
@@ -106,29 +128,60 @@ impl Format for IntQuantized {
     }
 
     fn plan(&self, catalog: &Catalog, config: Option<&Value>, request: &Request) -> Result<Plan> {
-        self.takes().check(self.name(), request)?;
-        plan(catalog, config, request, |request| IntScheme {
+        let assignment = assign(self, Self::scheme, catalog, config, request)?;
+        Ok(lay_out(Self::scheme, catalog, request, assignment))
+    }
+
+    fn plan_in_parts(
+        &self,
+        catalog: &Catalog,
+        config: Option<&Value>,
+        request: &Request,
+    ) -> Result<(Plan, Option<Catalog>)> {
+        fused_experts::plan(
+            catalog,
+            fused_experts::in_transformers(config),
+            |catalog| assign(self, Self::scheme, catalog, config, request),
+            |catalog, assignment| lay_out(Self::scheme, catalog, request, assignment),
+        )
+    }
+}
+
+impl IntQuantized {
+    fn scheme(request: &Request) -> IntScheme {
+        IntScheme {
             bits: 8,
             granularity: Granularity::Channel,
             symmetric: true,
             packing: Packing::Int8,
             quality: request.quality,
-        })
+        }
     }
 }
 
-fn plan(
+fn assign(
+    format: &dyn Format,
+    scheme: fn(&Request) -> IntScheme,
     catalog: &Catalog,
     config: Option<&Value>,
     request: &Request,
-    scheme: impl Fn(&Request) -> IntScheme,
-) -> Result<Plan> {
+) -> Result<Assignment> {
+    format.takes().check(format.name(), request)?;
     let offer = Offer::mixed(request, Joined::Projections, |request| {
         let dense = scheme(request);
-        let experts = experts_scheme(catalog, dense);
+        let is_linear = fused_experts::in_transformers(config) == Some(Kept::Single);
+        let experts = if is_linear { dense } else { experts_scheme(catalog, dense) };
         Schemes { dense: Scheme::Int(dense), experts: Some(Scheme::Int(experts)) }
     });
-    let assignment = Assignment::new(catalog, config, request, offer)?;
+    Assignment::new(catalog, config, request, offer)
+}
+
+fn lay_out(
+    scheme: fn(&Request) -> IntScheme,
+    catalog: &Catalog,
+    request: &Request,
+    assignment: Assignment,
+) -> Plan {
     let mut plan = Plan::new(assignment, catalog.tensors().len() * 2);
     for (id, tensor) in catalog.tensors().iter().enumerate() {
         let Decision::Quantize(Scheme::Int(int)) = plan.assignment[id] else {
@@ -152,7 +205,7 @@ fn plan(
         Scheme::Int(int) => config_group(int, target),
         _ => unreachable!("nothing else was offered"),
     });
-    Ok(plan)
+    plan
 }
 
 /// How experts that are stored one by one are quantized. transformers joins them while it loads

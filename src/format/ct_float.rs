@@ -27,6 +27,7 @@
 use serde_json::{Value, json};
 
 use super::ct_config::{declare, group};
+use super::fused_experts::{self, Kept};
 use super::takes::{Grain, Takes};
 use super::{Format, Plan, Reader, by_layout, ran};
 use crate::error::Result;
@@ -208,10 +209,49 @@ impl Format for CtFloat {
     }
 
     fn plan(&self, catalog: &Catalog, config: Option<&Value>, request: &Request) -> Result<Plan> {
+        let assignment = self.assign(catalog, config, request)?;
+        Ok(self.lay_out(catalog, request, assignment))
+    }
+
+    fn plan_in_parts(
+        &self,
+        catalog: &Catalog,
+        config: Option<&Value>,
+        request: &Request,
+    ) -> Result<(Plan, Option<Catalog>)> {
+        let is_read = |_: &Kept| self.experts(config).is_some();
+        fused_experts::plan(
+            catalog,
+            fused_experts::in_transformers(config).filter(is_read),
+            |catalog| self.assign(catalog, config, request),
+            |catalog, assignment| self.lay_out(catalog, request, assignment),
+        )
+    }
+}
+
+impl CtFloat {
+    /// How experts of a model are written.
+    fn experts(&self, config: Option<&Value>) -> Option<&Self> {
+        match fused_experts::in_transformers(config) {
+            Some(Kept::Single) => Some(self),
+            _ => self.experts,
+        }
+    }
+
+    fn assign(
+        &self,
+        catalog: &Catalog,
+        config: Option<&Value>,
+        request: &Request,
+    ) -> Result<Assignment> {
         self.takes.check(self.name, request)?;
         let dense = (self.scheme)(request.quality);
-        let experts = self.experts.map(|format| (format.scheme)(request.quality));
-        let assignment = Assignment::new(catalog, config, request, Schemes { dense, experts })?;
+        let experts = self.experts(config).map(|format| (format.scheme)(request.quality));
+        Assignment::new(catalog, config, request, Schemes { dense, experts })
+    }
+
+    fn lay_out(&self, catalog: &Catalog, request: &Request, assignment: Assignment) -> Plan {
+        let dense = (self.scheme)(request.quality);
         let mut plan = Plan::new(assignment, catalog.tensors().len() * 2);
         for id in 0..catalog.tensors().len() {
             match plan.assignment[id] {
@@ -231,11 +271,9 @@ impl Format for CtFloat {
             Some(format) if scheme != dense => format.group(target),
             _ => self.group(target),
         });
-        Ok(plan)
+        plan
     }
-}
 
-impl CtFloat {
     /// What the config says of modules in this format.
     fn group(&self, target: String) -> Value {
         let mut weights = json!({

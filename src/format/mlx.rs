@@ -11,7 +11,8 @@
 //! ```
 //!
 //! Experts `M.experts.N.P.weight` are shown as one weight `M.switch_mlp.P` of shape `[E, R, C]`, in the
-//! shard of the first.
+//! shard of the first, and so are those that are stored in one tensor already (`fused_experts`). Some
+//! models have another name for it (`mlx_mixtures`).
 //!
 //! Token embeddings and the output head are quantized too. A loader takes a module for quantized
 //! when it has `scales`, so what is kept needs no list. Both `quantization` and
@@ -23,6 +24,7 @@ use std::collections::HashMap;
 
 use serde_json::{Value, json};
 
+use super::fused_experts::{self, Kept};
 use super::takes::{Grain, Takes};
 use super::{Format, Plan, Reader, mlx_mixtures, ran};
 use crate::error::Result;
@@ -97,7 +99,7 @@ impl Format for Mlx {
 
     fn readers(&self) -> &'static [Reader] {
         const MLX_LM: Reader =
-            ran("mlx-lm", "0.32.2, a Llama and five mixtures (`tests/consumers/mlx_*.py`)");
+            ran("mlx-lm", "0.32.2, a Llama and ten mixtures (`tests/consumers/mlx_*.py`)");
         match self.mode {
             "affine" => {
                 const { &[MLX_LM, ran("mistral.rs", "0.9.5, a Llama (`tests/consumers/mistral.py`)")] }
@@ -107,27 +109,69 @@ impl Format for Mlx {
     }
 
     fn plan(&self, catalog: &Catalog, config: Option<&Value>, request: &Request) -> Result<Plan> {
-        self.takes.check(self.name, request)?;
-        let numbers = |request: &Request| match self.takes.granularity(request) {
+        let assignment = self.assign(catalog, config, request)?;
+        Ok(self.lay_out(catalog, config, request, assignment))
+    }
+
+    fn plan_in_parts(
+        &self,
+        catalog: &Catalog,
+        config: Option<&Value>,
+        request: &Request,
+    ) -> Result<(Plan, Option<Catalog>)> {
+        fused_experts::plan(
+            catalog,
+            mlx_mixtures::joint(config).map(|_| Kept::Fused),
+            |catalog| self.assign(catalog, config, request),
+            |catalog, assignment| self.lay_out(catalog, config, request, assignment),
+        )
+    }
+}
+
+impl Mlx {
+    /// Bits and group size.
+    fn numbers(&self, request: &Request) -> (u8, u32) {
+        match self.takes.granularity(request) {
             Granularity::Group(size) => (self.takes.bits(request), size),
             Granularity::Channel => unreachable!("MLX has groups"),
-        };
-        let scheme = |request: &Request| {
-            let (bits, group_size) = numbers(request);
-            (self.scheme)(bits, group_size, request.quality)
-        };
-        let stacks = mlx_mixtures::stacks(catalog, config);
+        }
+    }
+
+    fn scheme(&self, request: &Request) -> Scheme {
+        let (bits, group_size) = self.numbers(request);
+        (self.scheme)(bits, group_size, request.quality)
+    }
+
+    fn assign(
+        &self,
+        catalog: &Catalog,
+        config: Option<&Value>,
+        request: &Request,
+    ) -> Result<Assignment> {
+        self.takes.check(self.name, request)?;
+        let joins_experts = mlx_mixtures::stacks(catalog, config).is_some();
         let mut offer = Offer::mixed(request, Joined::Stacks, |request| {
-            let dense = scheme(request);
-            Schemes { dense, experts: stacks.as_ref().map(|_| dense) }
+            let dense = self.scheme(request);
+            Schemes { dense, experts: joins_experts.then_some(dense) }
         });
-        if mlx_mixtures::splits_kv_b(config) && !matches!(scheme(request), Scheme::Affine(_)) {
+        let is_affine = matches!(self.scheme(request), Scheme::Affine(_));
+        if mlx_mixtures::splits_kv_b(config) && !is_affine {
             offer = offer.sparing(".kv_b_proj", "split by the loader");
         }
-        let assignment = Assignment::with_ends(catalog, config, request, offer)?;
+        Assignment::with_ends(catalog, config, request, offer)
+    }
+
+    fn lay_out(
+        &self,
+        catalog: &Catalog,
+        config: Option<&Value>,
+        request: &Request,
+        assignment: Assignment,
+    ) -> Plan {
+        let stacks = mlx_mixtures::stacks(catalog, config);
         let mut plan = Plan::new(assignment, catalog.tensors().len() * 3);
         plan.framework = "mlx";
-        let suffixes: &[&str] = match scheme(request) {
+        let suffixes: &[&str] = match self.scheme(request) {
             Scheme::Affine(_) => &["weight", "scales", "biases"],
             _ => &["weight", "scales"],
         };
@@ -150,7 +194,7 @@ impl Format for Mlx {
             }
         }
         let describe = |bits: u8, group_size: u32| json!({ "group_size": group_size, "bits": bits, "mode": self.mode });
-        let (bits, group_size) = numbers(request);
+        let (bits, group_size) = self.numbers(request);
         let mut declared = describe(bits, group_size);
         for item in &plan.items {
             if let Some(weight) = plan.weights_of(item).first()
@@ -163,6 +207,6 @@ impl Format for Mlx {
         }
         plan.declare("quantization", declared.clone());
         plan.declare("quantization_config", declared);
-        Ok(plan)
+        plan
     }
 }

@@ -1,8 +1,8 @@
 //! Mixtures of experts in MLX: one tensor for all experts of a layer.
 //!
-//! mlx-lm joins experts that are stored one by one, but in many models their plain weights only, and
-//! by names of its own. These are the models whose names it is known to have once they are joined,
-//! and to take joined. (The `sanitize` of `mlx_lm/models/*.py` of mlx-lm 0.32.2.)
+//! mlx-lm joins experts that are stored one by one, or splits fused ones, but in many models their plain
+//! weights only, and by names of its own. These are the models whose names it is known to have once
+//! that is done, and to take so. (The `sanitize` of `mlx_lm/models/*.py` of mlx-lm 0.32.2.)
 
 use std::collections::BTreeMap;
 
@@ -26,23 +26,41 @@ const SWITCHED: &[&str] = &[
     "jamba",
     "mellum",
     "minimax",
+    "mistral4",
     "mixtral",
     "olmoe",
     "phimoe",
     "qwen2_moe",
+    "qwen3_5_moe",
     "qwen3_moe",
+    "qwen3_vl_moe",
 ];
 
 /// Types of models whose loader splits `kv_b_proj`, and reads no codes there but affine ones.
-const SPLIT: &[&str] = &["deepseek_v3", "deepseek_v32", "glm4_moe_lite"];
+const SPLIT: &[&str] = &["deepseek_v3", "deepseek_v32", "glm4_moe_lite", "mistral4"];
 
 /// Whether codes of `kv_b_proj` have to be affine.
 pub(super) fn splits_kv_b(config: Option<&Value>) -> bool {
     model_type(config).is_some_and(|kind| SPLIT.contains(&kind))
 }
 
+/// What tells the names of a model's experts: its type, or its language model's, where that is one of
+/// several that may stand behind it.
 fn model_type(config: Option<&Value>) -> Option<&str> {
-    config?.get("model_type")?.as_str()
+    let config = config?;
+    match config.get("model_type")?.as_str()? {
+        "mistral3" => config.get("text_config")?.get("model_type")?.as_str(),
+        kind => Some(kind),
+    }
+}
+
+/// Where below the parent of `experts` a loader holds them joined, if that is known.
+pub(super) fn joint(config: Option<&Value>) -> Option<&'static str> {
+    match model_type(config)? {
+        "gemma4" | "gemma4_text" | "gemma4_unified" => Some("experts.switch_glu"),
+        "llama4" => Some("experts"),
+        kind => SWITCHED.contains(&kind).then_some("switch_mlp"),
+    }
 }
 
 /// The experts of a checkpoint, by what they are shown in, each with the expert's weights in order;
@@ -51,14 +69,15 @@ pub(super) fn stacks(
     catalog: &Catalog,
     config: Option<&Value>,
 ) -> Option<Vec<(Stack, Vec<TensorId>)>> {
-    let known = model_type(config).is_some_and(|kind| SWITCHED.contains(&kind));
+    let joint = joint(config);
     let mut found: BTreeMap<(&str, &str), BTreeMap<u64, TensorId>> = BTreeMap::new();
     for (id, tensor) in catalog.tensors().iter().enumerate() {
         let Some((module, parameter)) = tensor.name.rsplit_once('.') else { continue };
         if !is_expert(module) {
             continue;
         }
-        let (mixture, projection) = stack_of(module).filter(|_| known && parameter == "weight")?;
+        let (mixture, projection) = stack_of(module).filter(|_| parameter == "weight")?;
+        joint?;
         let number = module[mixture.len() + 1..].split('.').next()?.parse().ok()?;
         found.entry((mixture, projection)).or_default().insert(number, id);
     }
@@ -78,7 +97,7 @@ pub(super) fn stacks(
             return None;
         }
         let parent = mixture.strip_suffix("experts")?;
-        let module = format!("{parent}switch_mlp.{projection}");
+        let module = format!("{parent}{}.{projection}", joint?);
         Some((Stack { module, weights: Vec::new() }, experts.into_values().collect()))
     };
     found.into_iter().map(stack).collect()
@@ -104,7 +123,8 @@ mod tests {
                 operands: vec![Extent { shard: 0, start: 0, len: 0 }],
             };
             let catalog = Catalog::new(names.iter().map(tensor).collect()).expect("unique");
-            let config = json!({ "model_type": model_type });
+            let (outer, inner) = model_type.split_once('/').unwrap_or((model_type, ""));
+            let config = json!({ "model_type": outer, "text_config": { "model_type": inner } });
             let found = stacks(&catalog, Some(&config));
             let found: Option<Vec<(String, Vec<usize>)>> = found
                 .map(|stacks| stacks.into_iter().map(|(stack, ids)| (stack.module, ids)).collect());
@@ -125,6 +145,10 @@ mod tests {
             &[("block_sparse_moe.experts.0.w2.weight", 64), ("mlp.gate.weight", 8)],
             Some(&[("block_sparse_moe.switch_mlp.down_proj", &[0])]),
         );
+        check("llama4", &pair, Some(&[("mlp.experts.up_proj", &[1, 0])]));
+        check("gemma4", &pair, Some(&[("mlp.experts.switch_glu.up_proj", &[1, 0])]));
+        check("mistral3/mistral4", &pair, Some(&[("mlp.switch_mlp.up_proj", &[1, 0])]));
+        check("mistral3/llama", &pair, None);
         check("qwen3_moe", &pair[..1], None);
         check("qwen3_moe", &[pair[0], ("mlp.experts.0.up_proj.weight", 32)], None);
         check("qwen3_moe", &[("mlp.experts.0.mystery.weight", 64)], None);

@@ -11,6 +11,7 @@ mod ct_config;
 mod ct_float;
 mod dense;
 mod fp8_block;
+mod fused_experts;
 mod gptq;
 mod mlx;
 mod mlx_mixtures;
@@ -52,6 +53,20 @@ pub trait Format: Debug + Sync {
     /// # Errors
     /// `Invalid` for a request that the format can't express.
     fn plan(&self, catalog: &Catalog, config: Option<&Value>, request: &Request) -> Result<Plan>;
+
+    /// As [`plan`](Self::plan), for a view that can show parts of a stored tensor as tensors: the plan,
+    /// and the catalog that it is of, where that isn't the one given.
+    ///
+    /// # Errors
+    /// As [`plan`](Self::plan).
+    fn plan_in_parts(
+        &self,
+        catalog: &Catalog,
+        config: Option<&Value>,
+        request: &Request,
+    ) -> Result<(Plan, Option<Catalog>)> {
+        Ok((self.plan(catalog, config, request)?, None))
+    }
 }
 
 /// A loader that reads a format, and how that is known.

@@ -21,7 +21,7 @@ use crate::threads;
 use ignore::KeptModule;
 use linear::{Kind, Reason};
 pub use llama_cpp::{LlamaCppName, llama_cpp_names};
-pub use overrides::{Joined, Override, Setting, stack_of};
+pub use overrides::{Joined, Override, Setting, fused_name, stack_of};
 use pattern::Patterns;
 pub use vocabulary::fused_group;
 
@@ -293,6 +293,22 @@ impl Assignment {
         let keep = Decision::Keep { reason: reason.into(), linear: false };
         let decisions = vec![keep; catalog.tensors().len()];
         Self { decisions, ignore: Vec::new(), warnings: Vec::new() }
+    }
+
+    /// The same, with the reasons given for what is kept, and the warnings of an assignment that they
+    /// come from.
+    pub(crate) fn explained(
+        mut self,
+        reasons: impl IntoIterator<Item = (TensorId, Cow<'static, str>)>,
+        from: &Self,
+    ) -> Self {
+        for (id, why) in reasons {
+            if let Decision::Keep { reason, .. } = &mut self.decisions[id] {
+                *reason = why;
+            }
+        }
+        self.warnings.clone_from(&from.warnings);
+        self
     }
 
     /// The modules that a loader must leave alone although it has a Linear there, by every name

@@ -116,6 +116,20 @@ pub fn stack_of(module: &str) -> Option<(&str, &str)> {
     None
 }
 
+/// The tensor that holds what an expert's weight is a part of, where a checkpoint stores all experts
+/// of a mixture in one, and the expert's number: `X.gate_up_proj` for `X.3.up_proj.weight`.
+pub fn fused_name(weight: &str) -> Option<(String, u64)> {
+    let module = weight.strip_suffix(".weight")?;
+    let (mixture, projection) = stack_of(module)?;
+    let expert = module[mixture.len() + 1..].strip_suffix(projection)?.strip_suffix('.')?;
+    let leaf = match projection {
+        "gate_proj" | "up_proj" => "gate_up_proj",
+        "down_proj" => projection,
+        _ => return None,
+    };
+    Some((format!("{mixture}.{leaf}"), expert.parse().ok()?))
+}
+
 /// The position in `request.set` of what each tensor is set to, if it is, none of none; and what the user should
 /// know.
 pub(super) fn choose(

@@ -30,7 +30,8 @@ pub struct Extent {
 pub enum Decoder {
     /// One operand: the elements themselves.
     Plain,
-    /// Codes and what they are scaled by; weights that are stored alike share it.
+    /// Codes and what they are scaled by, or elements in another order; weights that are stored alike
+    /// share it.
     Coded(Arc<Coded>),
 }
 
@@ -67,7 +68,13 @@ impl Tensor {
 
     /// Bytes that the tensor takes in the source, all operands together.
     pub fn stored_len(&self) -> u64 {
-        self.operands.iter().map(|operand| operand.len).sum()
+        match &self.decoder {
+            // Others lie in between.
+            Decoder::Coded(coded) if coded.is_elements() => {
+                self.elements() * self.dtype.bitsize() as u64 / 8
+            }
+            _ => self.operands.iter().map(|operand| operand.len).sum(),
+        }
     }
 }
 

@@ -9,6 +9,7 @@ mod config;
 mod decode;
 mod elements;
 mod file;
+mod fused;
 mod guard;
 mod header;
 mod importance;
@@ -27,6 +28,7 @@ pub(crate) use config::{edited, edited_within};
 pub use decode::Coded;
 pub use elements::{DecodeF32, ELEMENTS_ALIGN, f32_decoder};
 pub use file::{SourceFile, SourceFiles};
+pub use fused::{Matrices, Order};
 pub use header::{Entry, Header, MAX_HEADER_BYTES};
 pub use importance::{ImportanceEntry, ImportanceFile};
 pub(crate) use index::is_adapter;
@@ -173,6 +175,11 @@ impl Checkpoint {
     /// Every logical tensor.
     pub fn catalog(&self) -> &Catalog {
         &self.catalog
+    }
+
+    /// Shows what is stored as other logical tensors.
+    pub(crate) fn set_catalog(&mut self, catalog: Catalog) {
+        self.catalog = catalog;
     }
 
     /// The shard files, in name order; a tensor's [`Extent::shard`] is a position in this slice.

@@ -3,6 +3,7 @@
 mod changes;
 mod checkpoints;
 mod decode;
+mod fused;
 mod headers;
 
 use std::path::Path;

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use crate::error::{self, Result};
 use crate::format::{Plan, Weight};
 use crate::quant::{Importance, Window};
-use crate::recipe::{llama_cpp_names, module_of};
+use crate::recipe::{fused_name, llama_cpp_names, module_of};
 use crate::source::{Catalog, ImportanceEntry, ImportanceFile, SourceFiles, Tensor};
 
 /// Where a file says what the errors of each weight count for. The numbers stay in the file.
@@ -120,18 +120,22 @@ impl Importances {
 }
 
 impl Features {
-    /// What a file says of a weight: by its name, by its module's, or by the name that llama.cpp has
-    /// for it.
+    /// What a file says of a weight: by its name, by its module's, by the name that llama.cpp has for it,
+    /// or, of an expert, by that of the tensor that holds all experts. There it has a row for each, or one
+    /// that they share.
     fn find(file: &ImportanceFile, weight: &Weight, tensor: &Tensor) -> Result<Option<Self>> {
         let inputs = weight.scheme.inputs(&tensor.shape);
         let own = [tensor.name.as_str(), module_of(&tensor.name)];
         let own = own.into_iter().map(|name| (name.to_owned(), None));
         let theirs = llama_cpp_names(&tensor.name).into_iter();
-        let mut names = own.chain(theirs.map(|theirs| (theirs.name, theirs.expert)));
+        let theirs = theirs.map(|theirs| (theirs.name, theirs.expert));
+        let fused = fused_name(&tensor.name).map(|(name, expert)| (name, Some(expert)));
+        let mut names = own.chain(theirs).chain(fused);
         let found = names.find_map(|(name, expert)| Some((file.find(&name)?, name, expert)));
         let Some((entry, name, expert)) = found else { return Ok(None) };
         let matrices = if tensor.shape.len() > 2 { tensor.shape[0] } else { 1 };
         let features = match expert {
+            Some(_) if entry.len == inputs => Some(Self { entry, first: 0, stacked: false }),
             Some(expert) => {
                 let first = expert.saturating_mul(inputs);
                 let fits = entry.len.is_multiple_of(inputs) && first < entry.len;

@@ -51,14 +51,17 @@ pub(super) struct Engine {
 
 impl Model {
     pub(super) fn new(
-        checkpoint: Checkpoint,
+        mut checkpoint: Checkpoint,
         format: &'static dyn Format,
         request: &Request,
         importance: Option<&Arc<ImportanceFile>>,
         first_weight: u32,
     ) -> Result<Self> {
         let config = checkpoint.config().map(|config| &config.value);
-        let mut plan = format.plan(checkpoint.catalog(), config, request)?;
+        let (mut plan, catalog) = format.plan_in_parts(checkpoint.catalog(), config, request)?;
+        if let Some(catalog) = catalog {
+            checkpoint.set_catalog(catalog);
+        }
         plan.decode_kept(checkpoint.catalog());
         let surveys = Surveys::new(plan.surveys.len());
         let (shards, index) = (Vec::new(), None);

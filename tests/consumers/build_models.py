@@ -81,6 +81,23 @@ T5 = dict(
     eos_token_id=1,
     decoder_start_token_id=0,
 )
+LINEAR_ATTENTION = dict(
+    layer_types=["linear_attention", "full_attention"],
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+    linear_key_head_dim=32,
+    linear_value_head_dim=32,
+)
+QWEN3_VISION = dict(
+    depth=2,
+    hidden_size=128,
+    intermediate_size=256,
+    num_heads=4,
+    out_hidden_size=128,
+    patch_size=8,
+    num_position_embeddings=16,
+)
+VISION_TOKENS = dict(image_token_id=510, video_token_id=509, vision_start_token_id=508, vision_end_token_id=507)
 CLIP_TEXT = TEXT | dict(projection_dim=128)
 
 # Name: (model type, class, what it is fed, config).
@@ -101,6 +118,72 @@ ARCHITECTURES = {
     ),
     "mixtral": ("mixtral", "MixtralForCausalLM", "text", GROUPED | dict(num_local_experts=4)),
     "olmoe": ("olmoe", "OlmoeForCausalLM", "text", GROUPED | dict(num_experts=4, num_experts_per_tok=2)),
+    "qwen3-5-moe": (
+        "qwen3_5_moe",
+        "Qwen3_5MoeForConditionalGeneration",
+        "text",
+        dict(
+            text_config=GROUPED | EXPERTS | LINEAR_ATTENTION | dict(num_experts=4, shared_expert_intermediate_size=256),
+            vision_config=QWEN3_VISION,
+            **VISION_TOKENS,
+        ),
+    ),
+    "qwen3-vl-moe": (
+        "qwen3_vl_moe",
+        "Qwen3VLMoeForConditionalGeneration",
+        "text",
+        dict(
+            text_config=GROUPED | EXPERTS | QWEN_ROPE | dict(num_experts=4, tie_word_embeddings=False),
+            vision_config=QWEN3_VISION | dict(deepstack_visual_indexes=[0]),
+            **VISION_TOKENS,
+        ),
+    ),
+    "llama4": (
+        "llama4",
+        "Llama4ForConditionalGeneration",
+        "text",
+        dict(
+            text_config=GROUPED
+            | dict(
+                num_hidden_layers=4,
+                num_local_experts=4,
+                intermediate_size_mlp=256,
+                interleave_moe_layer_step=1,
+                attention_chunk_size=64,
+            ),
+            vision_config=VISION | dict(vision_output_dim=128, projector_input_dim=128, projector_output_dim=128),
+        ),
+    ),
+    "gemma4": (
+        "gemma4",
+        "Gemma4ForConditionalGeneration",
+        "text",
+        dict(
+            text_config=GROUPED
+            | EXPERTS
+            | dict(
+                enable_moe_block=True,
+                num_experts=4,
+                top_k_experts=2,
+                global_head_dim=32,
+                hidden_size_per_layer_input=0,
+                num_kv_shared_layers=0,
+            ),
+            vision_config=VISION,
+            audio_config=None,
+        ),
+    ),
+    "mistral4": (
+        "mistral3",
+        "Mistral3ForConditionalGeneration",
+        "text",
+        dict(
+            text_config=TEXT | EXPERTS | LATENT | dict(model_type="mistral4", num_key_value_heads=4),
+            vision_config=VISION | dict(model_type="pixtral", head_dim=32),
+            image_token_index=510,
+            tie_word_embeddings=False,
+        ),
+    ),
     "gemma2": ("gemma2", "Gemma2ForCausalLM", "text", GROUPED),
     "gemma3": ("gemma3_text", "Gemma3ForCausalLM", "text", GROUPED),
     "phi3": ("phi3", "Phi3ForCausalLM", "text", TEXT | dict(num_key_value_heads=2)),

@@ -2,11 +2,13 @@
 
     python mixtures.py AQ_FS MODELS
 
-MODELS is what build_models.py wrote. The logits' distance from the original's must be at least what
+MODELS is what build_models.py wrote, some made as the published ones are. The logits' distance from the original's must be at least what
 the number of bits promises on such small models, with the experts quantized as the format has them
 and with the experts kept.
 """
 
+import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -15,12 +17,18 @@ from pathlib import Path
 import torch
 import transformers
 from loguru import logger
-from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+from transformers import CompressedTensorsConfig
+
+from published import as_published
 
 transformers.logging.disable_progress_bar()
 logger.disable("compressed_tensors")
 
 MIXTURES = ["qwen3-moe", "mixtral", "deepseek-v3"]
+# Published with fused experts, which are shown one by one.
+FUSED = ["qwen3-5-moe", "llama4"]
+# The linear attention of one carries errors from token to token.
+LESS = {"qwen3-5-moe": 3}
 # The least distance in dB, by format.
 FORMATS = {
     "compressed-tensors": 4,
@@ -35,12 +43,14 @@ FORMATS = {
     "bnb-int8": 18,
     "fp8-block": 14,
 }
-# transformers' own: it reads the weight of a module that it has replaced.
-FAILS = {("deepseek-v3", "bnb-int8")}
+# transformers' own: it reads the weight of a module that it has replaced. And bitsandbytes': its
+# kernel for the CPU takes no four outputs.
+FAILS = {("deepseek-v3", "bnb-int8"), ("qwen3-5-moe", "bnb-nf4")}
 
 
 def logits(directory, **options):
-    model, info = AutoModelForCausalLM.from_pretrained(
+    kind = getattr(transformers, json.loads((Path(directory) / "consumer.json").read_text())["class"])
+    model, info = kind.from_pretrained(
         directory, dtype=torch.bfloat16, output_loading_info=True, **options
     )
     wrong = {key: sorted(map(str, found))[:3] for key, found in info.items() if found}
@@ -53,8 +63,13 @@ def logits(directory, **options):
 def main():
     binary, models = sys.argv[1:]
     count = failed = 0
-    for name in MIXTURES:
-        original = logits(Path(models) / name)
+    scratch = tempfile.TemporaryDirectory()
+    for name in MIXTURES + FUSED:
+        model = Path(scratch.name) / name
+        shutil.copytree(Path(models) / name, model)
+        if name in FUSED:
+            as_published(model)
+        original = logits(model)
         for format, least in FORMATS.items():
             if (name, format) in FAILS:
                 continue
@@ -63,7 +78,7 @@ def main():
                 ways = [dict(quantization_config=CompressedTensorsConfig(dequantize=d)) for d in (True, False)]
             for flags in [], ["--skip", "*.experts.*"]:
                 with tempfile.TemporaryDirectory() as mount:
-                    command = [binary, "mount", str(Path(models) / name), mount, "--format", format, *flags]
+                    command = [binary, "mount", str(model), mount, "--format", format, *flags]
                     subprocess.run(command, check=True, capture_output=True)
                     try:
                         found = [logits(mount, **way) for way in ways]
@@ -71,7 +86,7 @@ def main():
                         subprocess.run([binary, "unmount", mount], check=True, capture_output=True)
                 errors = [(out - original).pow(2).sum() / original.pow(2).sum() for out in found]
                 distances = [-10 * error.log10().item() for error in errors]
-                good = min(distances) >= least
+                good = min(distances) >= least - LESS.get(name, 0)
                 count, failed = count + 1, failed + (not good)
                 said = ", ".join(f"{distance:.1f}" for distance in distances)
                 print(f"{'ok' if good else 'FAIL'} {name} {format} {' '.join(flags)}: {said} dB", flush=True)

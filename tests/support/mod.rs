@@ -185,6 +185,52 @@ pub(crate) fn mixture(dir: &Path) -> PathBuf {
     dir.to_owned()
 }
 
+/// The weights of [`mixture`], with those of its experts in two tensors: `[experts, out, in]`, or
+/// transposed `[experts, in, out]`.
+pub(crate) fn fused_mixture(dir: &Path, transposed: bool) -> PathBuf {
+    mixture(dir);
+    let of = |number: usize, projection: &str, [rows, columns]: [usize; 2]| {
+        let name = format!("model.layers.0.mlp.experts.{number}.{projection}.weight");
+        (Tensor::weights(&name, Dtype::BF16, &[rows, columns]).data, rows, columns)
+    };
+    let fused = |name: &str, shape: [usize; 3], parts: &[&str], each: [usize; 2]| {
+        let mut data = Vec::new();
+        for number in 0..3 {
+            let parts: Vec<_> = parts.iter().map(|part| of(number, part, each)).collect();
+            if transposed {
+                for column in 0..each[1] {
+                    for (part, rows, columns) in &parts {
+                        let at = |row| (row * columns + column) * 2;
+                        (0..*rows).for_each(|row| data.extend(&part[at(row)..at(row) + 2]));
+                    }
+                }
+            } else {
+                parts.iter().for_each(|(part, ..)| data.extend(part));
+            }
+        }
+        let [experts, rows, columns] = shape;
+        let shape = if transposed { [experts, columns, rows] } else { shape };
+        let name = format!("model.layers.0.mlp.experts.{name}");
+        Tensor { name, dtype: Dtype::BF16, shape: shape.into(), data }
+    };
+    let name = |rest: &str| format!("model.layers.0.{rest}.weight");
+    let first = vec![
+        Tensor::weights("model.embed_tokens.weight", Dtype::BF16, &[97, 256]),
+        fused("down_proj", [3, 256, 128], &["down_proj"], [256, 128]),
+        Tensor::weights(&name("self_attn.o_proj"), Dtype::BF16, &[256, 256]),
+    ];
+    let last = vec![
+        Tensor::weights(&name("mlp.gate"), Dtype::BF16, &[3, 256]),
+        fused("gate_up_proj", [3, 256, 256], &["gate_proj", "up_proj"], [128, 256]),
+        Tensor::weights("lm_head.weight", Dtype::BF16, &[97, 256]),
+    ];
+    let shards =
+        [("model-00001-of-00002.safetensors", first), ("model-00002-of-00002.safetensors", last)];
+    let config = std::fs::read_to_string(dir.join("config.json")).expect("there");
+    write_checkpoint(dir, &shards, &serde_json::from_str(&config).expect("JSON"));
+    dir.to_owned()
+}
+
 /// A checkpoint shaped as gpt-oss, of shards named as those of [`llama`]: two layers of three experts,
 /// one layer in F16 and F32.
 pub(crate) fn gpt_oss(dir: &Path) -> PathBuf {

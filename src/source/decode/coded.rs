@@ -11,6 +11,7 @@ pub(in crate::source) const OPERANDS: usize = 5;
 ///
 /// An element is `code * scale`, computed in f32 and rounded once to the logical element type,
 /// unless `extra` or `rounded` say more. The first operand holds the codes, the second the scales.
+/// Elements that are only stored in another order are codes that are copied.
 ///
 /// Codes stand in a matrix of `rows` x `cols`, which is the logical tensor's view as a matrix, or
 /// its flat run of elements (one row), or, where `transposed`, has each slab of it transposed.
@@ -51,6 +52,8 @@ pub(super) enum Code {
     Unsigned,
     /// An entry of the table of 16 f32 that the third operand is.
     Table,
+    /// The element itself, of which there is no more to be made.
+    Element,
 }
 
 /// The smallest run of codes that fills whole bytes: a little-endian word of them, the first in the
@@ -93,6 +96,8 @@ impl Unit {
 /// How scales are stored.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Scale {
+    /// There are none.
+    Absent,
     Bf16,
     F16,
     F32,
@@ -114,6 +119,7 @@ pub(super) enum Scale {
 impl Scale {
     pub(super) fn bytes(self) -> u64 {
         match self {
+            Self::Absent => 0,
             Self::F32 => 4,
             Self::Bf16 | Self::F16 => 2,
             _ => 1,
@@ -160,6 +166,21 @@ impl Coded {
             extra: Extra::None,
             rounded: None,
         }
+    }
+
+    /// Elements of `size` bytes, in rows that lie `row_bytes` apart: the columns of the logical matrix.
+    pub(in crate::source) fn columns((rows, cols): (u64, u64), size: u8, row_bytes: u64) -> Self {
+        let unit = Unit { bits: size * 8, codes: 1, bytes: size, high_first: false };
+        Self {
+            row_bytes,
+            transposed: true,
+            ..Self::new(Code::Element, unit, (rows, cols), Scale::Absent)
+        }
+    }
+
+    /// Whether elements are stored as they are, in another order.
+    pub(in crate::source) fn is_elements(&self) -> bool {
+        self.code == Code::Element
     }
 
     /// Elements in a row of the logical tensor, as a matrix.

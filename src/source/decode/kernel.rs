@@ -61,9 +61,10 @@ impl Values {
             Code::Offset => code as f32 - half as f32,
             Code::Unsigned => code as f32,
             Code::Table => f32_at(operand, code % 16),
+            Code::Element => unreachable!("it is copied"),
         };
         match (bits, codes) {
-            (8, _) => Self::Computed(coded.code),
+            (8 | 16 | 32, _) => Self::Computed(coded.code),
             (4, 2) => Self::Two(Box::new(std::array::from_fn(|byte| {
                 let (low, high) = (value(byte % 16), value(byte / 16));
                 if high_first { [high, low] } else { [low, high] }
@@ -140,6 +141,10 @@ impl Decode<'_> {
             let run = first..first + n as u64;
             let bytes = coded.unit.bytes_of(&run, coded.row_bytes);
             let bytes = &codes[(bytes.start - skipped) as usize..(bytes.end - skipped) as usize];
+            if coded.is_elements() {
+                out.copy_from_slice(bytes);
+                continue;
+            }
             let values = &mut buffers.values[..n];
             let spread = &mut buffers.spread[..n];
             unpack(coded.unit, self.values, bytes, first, values);
@@ -246,6 +251,7 @@ impl Decode<'_> {
             Scale::E8m0 => bytes.for_each(|(scale, byte)| {
                 *scale = if *byte == 255 { f32::NAN } else { power(*byte) };
             }),
+            Scale::Absent => unreachable!("elements have none"),
             Scale::Power => bytes.for_each(|(scale, byte)| *scale = power(*byte)),
             Scale::Nested { block, offset } => {
                 for ((scale, byte), at) in bytes.zip(at..) {
@@ -399,6 +405,7 @@ fn unpack(unit: Unit, values: &Values, bytes: &[u8], first: u64, out: &mut [f32]
                 }
                 Code::Unsigned => codes.for_each(|(value, code)| *value = f32::from(*code)),
                 Code::E2m1 | Code::Table => unreachable!("its codes have four bits"),
+                Code::Element => unreachable!("it is copied"),
             }
         }
         Values::Two(table) => {
