@@ -1,4 +1,4 @@
-//! How much memory this process may take: the machine's, or its control group's.
+//! Memory of this process: how much it may take, and what it no longer needs.
 
 use std::path::{Path, PathBuf};
 
@@ -16,6 +16,17 @@ pub fn limit() -> u64 {
         group_limit(&groups, &mounts, &text)
     };
     group().map_or(machine, |limit| limit.min(machine))
+}
+
+/// Gives memory that is no longer used back to the kernel, which the allocator would keep: to read headers
+/// and configs takes a multiple of what is kept of them.
+#[cfg_attr(target_env = "gnu", expect(unsafe_code, reason = "a call into the C library"))]
+pub fn give_back() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: it takes the allocator's own locks and changes no memory that is in use.
+    unsafe {
+        libc::malloc_trim(0);
+    }
 }
 
 /// The lowest limit of the memory control groups that `groups`, the text of `/proc/self/cgroup`,

@@ -32,6 +32,7 @@ pub use unmount::{Unmounted, mountpoints, unmount};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::fuse::{Counters, Session};
+use crate::memory;
 use crate::threads::cpu_ns;
 use crate::view::View;
 use kernel::Detached;
@@ -69,7 +70,7 @@ pub fn run(
 ) -> Result<()> {
     let mountpoint = preflight::check(&options.mountpoint, options.allow_other)?;
     let view = Arc::new(open()?);
-    return_free_memory();
+    memory::give_back();
     preflight::check_outside(&mountpoint, view.root())?;
 
     // From here on, so that none ends the process between mounting and unmounting.
@@ -237,17 +238,6 @@ fn end_on_signal(signals: &mut Signals, attached: &Attached) {
             }
         }
         unmounted = true;
-    }
-}
-
-/// Gives memory that is no longer used back to the kernel, which the allocator would keep: headers and
-/// configs take a multiple of what a view keeps of them.
-#[cfg_attr(target_env = "gnu", expect(unsafe_code, reason = "a call into the C library"))]
-fn return_free_memory() {
-    #[cfg(target_env = "gnu")]
-    // SAFETY: it takes the allocator's own locks and changes no memory that is in use.
-    unsafe {
-        libc::malloc_trim(0);
     }
 }
 
