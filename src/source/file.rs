@@ -325,9 +325,11 @@ impl SourceFiles {
     }
 
     /// Has a range read into the kernel's page cache and mapped, where it isn't. Only ever about
-    /// speed: whoever reads the range meets the error, if there is one.
+    /// speed: whoever reads the range meets the error, if there is one. Of a long range, of which a
+    /// stripe is wanted, whoever is first has the whole read ([`with_bytes`](Self::with_bytes)).
     pub(super) fn fetch(&self, (source, start, len): Part<'_>) {
-        if let Ok(open) = self.get(source)
+        if len as usize <= LONG
+            && let Ok(open) = self.get(source)
             && let Ok(map) = open.map()
         {
             let _ = map.advise_range(memmap2::Advice::PopulateRead, start as usize, len as usize);
