@@ -147,13 +147,17 @@ impl Cache {
     ) -> Result<()> {
         {
             let mut state = self.state.lock();
-            let is_kept = state.kept[0].parts.contains(&(key, 0));
-            if is_kept || state.making.contains_key(&key) || state.gone.contains(&key) {
+            if !state.is_due(key) {
                 return Ok(());
             }
             state.making.insert(key, Arc::default());
         }
         self.make(key, &make).map(drop)
+    }
+
+    /// Whether [`prepare`](Self::prepare) would make a chunk.
+    pub(super) fn is_due(&self, key: ChunkKey) -> bool {
+        self.state.lock().is_due(key)
     }
 
     /// Notes that so many bytes of the codes of a chunk were read, and won't be soon again.
@@ -220,6 +224,14 @@ impl Cache {
         let parts: Parts = make()?.into_iter().map(Arc::new).collect();
         announced.2 = Some(parts.clone());
         Ok(parts)
+    }
+}
+
+impl State {
+    /// Whether the codes of a chunk are neither kept, being made nor gone.
+    fn is_due(&self, key: ChunkKey) -> bool {
+        let is_kept = self.kept[0].parts.contains(&(key, 0));
+        !is_kept && !self.making.contains_key(&key) && !self.gone.contains(&key)
     }
 }
 

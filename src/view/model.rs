@@ -447,8 +447,12 @@ impl Model {
         weight.grid(&self.checkpoint.catalog()[weight.tensor], chunk_bytes)
     }
 
-    /// Has the source of a chunk read into the kernel's page cache, and waits for it.
+    /// Has the source of a chunk read into the kernel's page cache, and waits for it, unless
+    /// [`prepare`](Self::prepare) would not read it.
     pub(super) fn fetch(&self, engine: &Engine, weight: usize, chunk: u64) {
+        if !engine.cache.is_due(self.key(weight, chunk)) {
+            return;
+        }
         let window = source_window(&self.grid(weight, engine.budget.chunk), chunk);
         self.checkpoint.fetch_window(&engine.files, self.plan.weights[weight].tensor, &window);
     }
