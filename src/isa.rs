@@ -50,16 +50,6 @@ impl Isa {
         [Level::Baseline].into_iter().chain(detect_wider()).map(Self).collect()
     }
 
-    /// For kernels whose loops are too short for wider vectors.
-    pub(crate) fn at_most_256_bits(self) -> Self {
-        match self.0 {
-            // Every CPU with AVX-512 has AVX2: the one implies the other.
-            #[cfg(target_arch = "x86_64")]
-            Level::Avx512 => Self(Level::Avx2),
-            level => Self(level),
-        }
-    }
-
     /// `"baseline"`, `"avx2"` or `"avx512"`.
     pub fn name(self) -> &'static str {
         match self.0 {

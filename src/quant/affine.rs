@@ -19,13 +19,16 @@ use crate::dtype::Dtype;
 
 use super::affine_refine::Refiner;
 use super::affine_search::Search;
+use super::chunks::Chunks;
+use super::extremes::{ExtremeBits, Extremes, range};
 use super::grid::Grid;
 use super::int::MODERATE;
 use super::isa::{Isa, Kernel};
+use super::lanes::round;
 use super::pack::{pack, packed_len, unpack, word_of};
 use super::refine::Refining;
 use super::shape::{bands, grouped, part};
-use super::tile::{Element, Extremes, NAN, Tile, for_element, widen};
+use super::tile::{Element, NAN, Tile, for_element, widen};
 use super::{Part, Quality, Role};
 
 /// Unsigned codes with a scale and a bias per group.
@@ -67,11 +70,6 @@ impl AffineScheme {
     pub(super) fn encode(&self, isa: Isa, tile: &Tile<'_>, out: &mut [&mut [u8]]) {
         let dtype = tile.data.dtype();
         let [codes, scales, biases] = out else { unreachable!("three parts") };
-        // Groups are too short for the widest vectors, but for a search.
-        let isa = match self.quality {
-            Quality::Reference => isa.at_most_256_bits(),
-            Quality::Search | Quality::Best => isa,
-        };
         for_element!(dtype, E => isa.run(Encode::<E> {
             scheme: self,
             source: E::split(tile.data.bytes()),
@@ -102,7 +100,7 @@ impl AffineScheme {
 }
 
 /// Scale and bias of a group.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Default, Debug)]
 pub(super) struct Line {
     pub(super) scale: f32,
     pub(super) bias: f32,
@@ -117,7 +115,7 @@ pub(super) fn fit(high: f32, Extremes { min, max }: Extremes) -> Line {
     let from_min = min.abs() > max.abs();
     let edge = if from_min { min } else { max };
     let step = if from_min { step } else { -step };
-    let codes = (edge / step).round_ties_even();
+    let codes = round(edge / step);
     // Divided at any rate, and all chosen by selection, for the compiler to do many groups at a time.
     let exact = edge / codes;
     let scale = if codes == 0.0 { step } else { exact };
@@ -154,6 +152,9 @@ impl<E: Element> Kernel for Encode<'_, E> {
         let group = group_size as usize;
         let groups = self.cols / group;
         let mut row_codes = vec![0; self.cols];
+        let mut lines = vec![Line::default(); groups];
+        let mut chunks = Chunks::new(group, self.cols);
+        let mut ranges = vec![ExtremeBits::<E::Bits>::ZERO; groups];
         let [mut row_mins, mut row_maxs] = [(); 2].map(|()| vec![0.0; groups]);
         let [mut row_scales, mut row_biases] = [(); 2].map(|()| vec![0.0; groups]);
         let mut search = match quality {
@@ -177,19 +178,32 @@ impl<E: Element> Kernel for Encode<'_, E> {
                     }
                 }
                 None => {
-                    let ranges = row_mins.iter_mut().zip(&mut row_maxs);
-                    for (group, (min, max)) in row.chunks_exact(group).zip(ranges) {
-                        Extremes { min: *min, max: *max } = E::range(group);
+                    for (group, bits) in row.chunks_exact(group).zip(&mut ranges) {
+                        *bits = range::<E>(group);
                     }
-                    let ranges = row_mins.iter().zip(&row_maxs);
-                    let lines = row_scales.iter_mut().zip(&mut row_biases);
-                    for ((&min, &max), (scale, bias)) in ranges.zip(lines) {
+                    // One thing after the other, for the compiler to do many groups at a time.
+                    let extremes = row_mins.iter_mut().zip(&mut row_maxs);
+                    for (bits, (min, max)) in ranges.iter().zip(extremes) {
+                        Extremes { min: *min, max: *max } = bits.values::<E>();
+                    }
+                    let extremes = row_mins.iter().zip(&row_maxs);
+                    let found = row_scales.iter_mut().zip(&mut row_biases);
+                    for ((&min, &max), (scale, bias)) in extremes.zip(found) {
                         Line { scale: *scale, bias: *bias } = fit(high, Extremes { min, max });
                     }
-                    let lines = row_scales.iter().zip(&row_biases);
-                    let parts = row.chunks_exact(group).zip(row_codes.chunks_exact_mut(group));
-                    for ((group, out), (&scale, &bias)) in parts.zip(lines) {
-                        encode_with::<E>(high, Line { scale, bias }, group, out);
+                    let found = row_scales.iter().zip(&row_biases);
+                    for (line, (&scale, &bias)) in lines.iter_mut().zip(found) {
+                        *line = Line { scale, bias };
+                    }
+                    chunks.encode::<E>(row, &lines, &mut row_codes, |x, Line { scale, bias }| {
+                        code((x - bias) / scale, high)
+                    });
+                    let is_odd = |line: &Line| !MODERATE.contains(&line.scale.abs());
+                    if lines.iter().fold(false, |any, line| any | is_odd(line)) {
+                        let groups = row.chunks_exact(group).zip(row_codes.chunks_exact_mut(group));
+                        for ((group, out), line) in groups.zip(&lines) {
+                            encode_with::<E>(high, *line, group, out);
+                        }
                     }
                 }
             }
@@ -206,7 +220,7 @@ impl<E: Element> Kernel for Encode<'_, E> {
 /// Encodes a group as MLX does.
 #[inline(always)]
 pub(super) fn encode_group<E: Element>(high: f32, group: &[E::Raw], out: &mut [u8]) -> Line {
-    let line = fit(high, E::range(group));
+    let line = fit(high, range::<E>(group).values::<E>());
     encode_with::<E>(high, line, group, out);
     line
 }

@@ -10,9 +10,10 @@
 //! Groups lie side by side, one to a lane, so that no sum runs across lanes.
 
 use super::affine::{Line, code, encode_group, fit};
+use super::extremes::{Extremes, range};
 use super::int::MODERATE;
 use super::lanes::{LANES, clamp, round};
-use super::tile::{Element, Extremes};
+use super::tile::Element;
 
 /// Parts of a group's range that are tried for the codes of so many bits.
 fn shrinks(bits: u8) -> &'static [f32] {
@@ -83,7 +84,7 @@ impl Search {
         let len = self.weights.len();
         let (mut min, mut max) = ([0.0; LANES], [0.0; LANES]);
         for (i, group) in groups.chunks_exact(len).enumerate() {
-            Extremes { min: min[i], max: max[i] } = E::range(group);
+            Extremes { min: min[i], max: max[i] } = range::<E>(group).values::<E>();
         }
         let (mut unit, mut per_unit) = ([1.0; LANES], [1.0; LANES]);
         let mut reference = Lines::default();

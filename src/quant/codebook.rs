@@ -18,8 +18,10 @@
 
 use crate::dtype::Dtype;
 
+use super::chunks::map;
 use super::codebook_refine::Refiner;
 use super::codebook_search::Search;
+use super::extremes::short_magnitude;
 use super::grid::{Axis, Grid, PartBytes};
 use super::importance::Importance;
 use super::isa::{Isa, Kernel};
@@ -392,7 +394,7 @@ impl<E: Element> Kernel for Encode<'_, E> {
             let scales = &mut scales[..run.len().div_ceil(block)];
             let parts = || run.chunks(block).zip((i * blocks * block..).step_by(block));
             for (xs, scale) in run.chunks(block).zip(&mut *scales) {
-                *scale = magnitude::<E>(xs);
+                *scale = short_magnitude::<E>(xs);
             }
             if let Some(search) = &mut search {
                 search.scales::<E>(run, scales);
@@ -438,20 +440,6 @@ impl<E: Element> Kernel for Encode<'_, E> {
                 encoder.encode::<E>(xs, scales, codes);
             }
         }
-    }
-}
-
-/// The largest magnitude of a block.
-#[inline(always)]
-fn magnitude<E: Element>(block: &[E::Raw]) -> f32 {
-    // Of a length that the compiler knows, since a loop over many lanes at a time would leave short
-    // blocks to the loop for what remains.
-    if let Ok(block) = <&[E::Raw; 32]>::try_from(block) {
-        E::magnitude(block)
-    } else if let Ok(block) = <&[E::Raw; 64]>::try_from(block) {
-        E::magnitude(block)
-    } else {
-        E::magnitude(block)
     }
 }
 
@@ -522,7 +510,7 @@ impl Encoder {
         let (chunks, rest) = run.as_chunks::<N>();
         let found = chunks.iter().zip(self.codes.as_chunks_mut::<N>().0);
         for ((chunk, codes), &reciprocal) in found.zip(&self.reciprocals) {
-            *codes = chunk.map(|raw| code(E::widen(raw) * reciprocal));
+            *codes = map(chunk, |raw| code(E::widen(raw) * reciprocal));
         }
         for (&raw, out) in rest.iter().zip(&mut self.codes[chunks.len() * N..]) {
             *out = code(E::widen(raw) * self.reciprocals[chunks.len()]);

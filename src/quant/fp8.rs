@@ -21,6 +21,7 @@
 
 use crate::dtype::Dtype;
 
+use super::extremes::magnitude;
 use super::grid::Grid;
 use super::int::MODERATE;
 use super::isa::{Isa, Kernel};
@@ -221,7 +222,7 @@ impl<E: Element> Kernel for Encode<'_, E> {
                     Scales::Surveyed(magnitude) => Factor::new::<E>(rule, *magnitude, &mut [0; 4]),
                     Scales::Stored(scales) => {
                         // Bit patterns of magnitudes order as integers, NaNs last.
-                        let bits = (0..rows).map(|r| E::magnitude(row(r)).to_bits());
+                        let bits = (0..rows).map(|r| magnitude::<E>(row(r)).to_bits());
                         let magnitude = f32::from_bits(bits.fold(0, u32::max));
                         let size = match rule {
                             Fp8Scale::Source => E::SIZE,
@@ -332,7 +333,7 @@ impl Factor {
         let error = |raw: E::Raw, count: f32| {
             let x = E::widen(raw);
             let y = match self {
-                Self::Divide(scale) => E::quotient(x, scale, reciprocal),
+                Self::Divide(scale) => E::quotient(x, E::divisor(scale)),
                 Self::Multiply(factor) => x * factor,
             };
             let error = x.abs() * reciprocal - e4m3_rounded(within(y.abs(), E4M3_MAX));
@@ -352,9 +353,9 @@ impl Factor {
     fn apply<E: Element>(self, row: &[E::Raw], out: &mut [u8]) {
         match self {
             Self::Divide(scale) if MODERATE.contains(&scale) => {
-                let reciprocal = 1.0 / scale;
+                let divisor = E::divisor(scale);
                 for (&raw, out) in row.iter().zip(out) {
-                    *out = e4m3(clamp(E::quotient(E::widen(raw), scale, reciprocal)));
+                    *out = e4m3(clamp(E::quotient(E::widen(raw), divisor)));
                 }
             }
             Self::Multiply(factor) if MODERATE.contains(&factor) => {

@@ -19,13 +19,16 @@
 
 use crate::dtype::Dtype;
 
+use super::extremes::Extremes;
 use super::grid::Grid;
 use super::isa::{Isa, Kernel};
+use super::lanes::round;
+use super::nearest::{Divided, Nearest, Tool};
 use super::pack::{pack, pack_down, packed_len, unpack, word_of};
 use super::refine::{Refiner, Refining};
-use super::search::{Search, Tool};
+use super::search::Search;
 use super::shape::{bands, grouped, matrix, part};
-use super::tile::{Element, Extremes, Tile, for_element, widen};
+use super::tile::{Element, Tile, for_element, widen};
 use super::{Part, Quality, Role};
 
 /// Which weights share a scale.
@@ -265,6 +268,7 @@ impl<E: Element> Kernel for Encode<'_, E> {
         let mut row_codes = vec![0; self.cols.next_multiple_of(8)];
         let mut row_zeros = vec![0; groups];
         let mut row_fits = vec![Fit { scale: 0.0, zero_point: 0.0 }; groups];
+        let mut nearest = Nearest::<E>::new(range, symmetric, self.group, self.cols);
         let mut search = match quality {
             Quality::Reference => None,
             Quality::Search | Quality::Best => Some(Search::new(range, symmetric, self.group)),
@@ -284,10 +288,8 @@ impl<E: Element> Kernel for Encode<'_, E> {
                     refiner.refine_row(*isa, xs, importance, stored, codes, &mut row_fits);
                 }
             } else {
-                let groups = row.chunks_exact(self.group).zip(&mut row_fits);
-                for ((group, fit), out) in groups.zip(row_codes.chunks_exact_mut(self.group)) {
-                    *fit = encode_group::<E>(range, symmetric, group, out);
-                }
+                let codes = &mut row_codes[..self.cols];
+                nearest.encode_row::<CompressedTensors>(row, codes, &mut row_fits);
             }
             for ((fit, scale), zero) in
                 row_fits.iter().zip(scales.chunks_exact_mut(E::SIZE)).zip(&mut row_zeros)
@@ -311,19 +313,6 @@ impl<E: Element> Kernel for Encode<'_, E> {
     }
 }
 
-/// Encodes a group as compressed-tensors does.
-#[inline(always)]
-fn encode_group<E: Element>(
-    range: Codes,
-    symmetric: bool,
-    group: &[E::Raw],
-    out: &mut [u8],
-) -> Fit {
-    let fit = CompressedTensors::fit::<E>(range, symmetric, E::extremes(group));
-    CompressedTensors::codes::<E>(range, symmetric, fit, group, out);
-    fit
-}
-
 /// How compressed-tensors rounds to nearest.
 #[derive(Clone, Copy, Debug)]
 struct CompressedTensors;
@@ -337,39 +326,28 @@ impl Tool for CompressedTensors {
             let Extremes { min, max } = extremes;
             let scale = E::round(E::round(max - min) / range.steps());
             let zero = E::round(range.low - E::round(min / scale));
-            (scale, if zero.is_nan() { 0.0 } else { range.clamp(zero).round_ties_even() })
+            (scale, if zero.is_nan() { 0.0 } else { round(range.clamp(zero)) })
         };
         Fit { scale: if scale == 0.0 { E::EPSILON } else { scale }, zero_point }
     }
 
     #[inline(always)]
-    fn codes<E: Element>(
-        range: Codes,
-        symmetric: bool,
-        Fit { scale, zero_point }: Fit,
-        group: &[E::Raw],
-        out: &mut [u8],
-    ) {
-        if !MODERATE.contains(&scale) {
-            for (&raw, out) in group.iter().zip(out) {
-                let x = E::round(E::widen(raw) / scale);
-                let x = if symmetric { x } else { E::round(x + zero_point) };
-                *out = range.byte(if x.is_nan() { 0.0 } else { range.clamp(x) });
-            }
-            return;
-        }
-        let reciprocal = 1.0 / scale;
-        if symmetric {
-            for (&raw, out) in group.iter().zip(out) {
-                let x = E::quotient(E::widen(raw), scale, reciprocal);
-                *out = range.byte(range.clamp(x));
-            }
-        } else {
-            for (&raw, out) in group.iter().zip(out) {
-                let x = E::quotient(E::widen(raw), scale, reciprocal);
-                *out = range.byte(range.clamp(E::round_moderate(x + zero_point)));
-            }
-        }
+    fn divisor<E: Element>(scale: f32) -> f32 {
+        E::divisor(scale)
+    }
+
+    #[inline(always)]
+    fn code<E: Element>(range: Codes, symmetric: bool, divided: Divided, x: f32) -> u8 {
+        let x = E::quotient(x, divided.by);
+        let x = if symmetric { x } else { E::round_moderate(x + divided.zero_point) };
+        range.byte(range.clamp(x))
+    }
+
+    #[inline(always)]
+    fn code_at_any<E: Element>(range: Codes, symmetric: bool, fit: Fit, x: f32) -> u8 {
+        let x = E::round(x / fit.scale);
+        let x = if symmetric { x } else { E::round(x + fit.zero_point) };
+        range.byte(if x.is_nan() { 0.0 } else { range.clamp(x) })
     }
 
     #[inline(always)]

@@ -13,6 +13,7 @@
 
 use crate::dtype::Dtype;
 
+use super::extremes::magnitude;
 use super::grid::Grid;
 use super::isa::{Isa, Kernel};
 use super::shape::{bands, matrix, part};
@@ -73,7 +74,7 @@ impl<E: Element> Kernel for Encode<'_, E> {
         let scales = self.scales.as_chunks_mut::<4>().0;
         for (r, (codes, stored)) in rows.zip(scales).enumerate() {
             let row = &self.source[r * self.stride..][..self.cols];
-            let scale = F16::round(E::magnitude(row));
+            let scale = F16::round(magnitude::<E>(row));
             F32::store(scale, stored);
             let factor = (1.0 / scale) * 127.0;
             if scale == 0.0 || scale.is_nan() || scale == f32::INFINITY {

@@ -31,6 +31,7 @@
 
 use crate::dtype::Dtype;
 
+use super::extremes::magnitude;
 use super::grid::Grid;
 use super::importance::Importance;
 use super::isa::{Isa, Kernel};
@@ -148,9 +149,6 @@ impl MicroScheme {
     pub(super) fn encode(&self, isa: Isa, tile: &Tile<'_>, survey: &Survey, out: &mut [&mut [u8]]) {
         let dtype = tile.data.dtype();
         let [codes, scales] = out else { unreachable!("two parts") };
-        // Groups of 16 are too short for the widest vectors, but for a search.
-        let is_short = self.quality == Quality::Reference && self.group_size() == 16;
-        let isa = if is_short { isa.at_most_256_bits() } else { isa };
         for_element!(dtype, E => isa.run(Encode::<E> {
             scheme: self,
             global: self.global::<E>(survey),
@@ -310,11 +308,11 @@ impl<E: Element> Encode<'_, E> {
         for (r, (codes, scales)) in rows.zip(scales).enumerate() {
             let row = &self.source[r * self.stride..][..self.cols];
             let groups = row.as_chunks::<GROUP>().0;
-            // Of a length unknown to the compiler, or it would unroll a loop rather than make a
-            // vector of it.
+            // Of a length unknown to the compiler, or it would do many groups at a time, gathered
+            // weight by weight.
             let group = scheme.group_size() as usize;
-            for (group, magnitude) in row.chunks_exact(group).zip(&mut magnitudes) {
-                *magnitude = E::magnitude(group);
+            for (group, largest) in row.chunks_exact(group).zip(&mut magnitudes) {
+                *largest = magnitude::<E>(group);
             }
             scheme.scales::<E>(&magnitudes, global, scales);
             if let Some(search) = &mut search {
@@ -334,8 +332,11 @@ impl<E: Element> Encode<'_, E> {
                     _ => reciprocal,
                 };
             }
-            for (spread, factor) in spread.as_chunks_mut::<GROUP>().0.iter_mut().zip(&factors) {
-                spread.fill(*factor);
+            for (spread, factor) in spread.chunks_exact_mut(group).zip(&factors) {
+                // Whole vectors, which a fill of unknown length would not be.
+                for part in spread.as_chunks_mut::<16>().0 {
+                    *part = [*factor; 16];
+                }
             }
             encode_row::<E>(&scheme, row, &spread, &mut row_codes);
             if !all_moderate {

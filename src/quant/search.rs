@@ -13,8 +13,10 @@
 //! replaces. From 6 bits on a stored scale is too coarse to be refitted, and all candidates are
 //! measured as stored.
 
+use super::extremes::extremes;
 use super::int::{Codes, Fit, MODERATE};
-use super::tile::{Element, Extremes};
+use super::nearest::{Tool, codes};
+use super::tile::Element;
 use super::weighed::Unit;
 
 /// Squared errors are summed over this many lanes, whatever the instruction set.
@@ -31,18 +33,6 @@ const BATCH: usize = 2048;
 
 /// Added to an f32 below 2^22, leaves the nearest integer (ties to even) in the lowest bits.
 const ROUNDING: f32 = 12_582_912.0;
-
-/// The tool whose bytes a scheme has at reference quality; what it does is the search's first guess.
-pub(super) trait Tool {
-    /// Scale and zero point of a group.
-    fn fit<E: Element>(range: Codes, symmetric: bool, extremes: Extremes) -> Fit;
-
-    /// Codes of a group, stored as bytes.
-    fn codes<E: Element>(range: Codes, symmetric: bool, fit: Fit, group: &[E::Raw], out: &mut [u8]);
-
-    /// What is left of a scale when it is stored.
-    fn stored<E: Element>(scale: f32) -> f32;
-}
 
 /// The search for scales and zero points, with its memory.
 ///
@@ -191,7 +181,7 @@ impl Search {
     fn load<E: Element, T: Tool>(&mut self, row: &[E::Raw]) {
         let groups = row.chunks_exact(self.len).zip(self.weights.chunks_exact_mut(self.lanes));
         for ((raw, weights), group) in groups.zip(&mut self.groups) {
-            let extremes = E::extremes(raw);
+            let extremes = extremes::<E>(raw).values::<E>();
             let magnitude = extremes.magnitude();
             let Fit { scale, zero_point } = T::fit::<E>(self.range, self.symmetric, extremes);
             let reference = Fit {
@@ -237,8 +227,8 @@ impl Search {
         let outs = out.chunks_exact_mut(self.len).zip(fits);
         for (((raw, weights), (out, fit)), group) in rows.zip(outs).zip(&self.groups) {
             if !group.open {
-                *fit = T::fit::<E>(self.range, self.symmetric, E::extremes(raw));
-                T::codes::<E>(self.range, self.symmetric, *fit, raw, out);
+                *fit = T::fit::<E>(self.range, self.symmetric, extremes::<E>(raw).values::<E>());
+                codes::<E, T>(self.range, self.symmetric, *fit, raw, out);
                 continue;
             }
             let Fit { scale, zero_point } = group.best;

@@ -1,5 +1,6 @@
 //! What must be known of whole weights before a chunk can be encoded.
 
+use super::extremes::magnitude;
 use super::int::Fit;
 use super::isa::{Isa, Kernel};
 use super::tile::{Element, F32, Tile, for_element};
@@ -80,7 +81,7 @@ impl<E: Element> Kernel for Magnitudes<'_, E> {
     #[inline(always)]
     fn run(self) {
         let row = |r: usize| &self.source[r * self.stride..][..self.cols];
-        let bits = (0..self.rows).map(|r| E::magnitude(row(r)).to_bits());
+        let bits = (0..self.rows).map(|r| magnitude::<E>(row(r)).to_bits());
         // Bit patterns of magnitudes order as integers, NaNs last.
         *self.largest = f32::from_bits(bits.fold(self.largest.to_bits(), u32::max));
     }
@@ -96,7 +97,7 @@ impl<E: Element> Kernel for Blocks<'_, E> {
     #[inline(always)]
     fn run(self) {
         for block in self.source.chunks(self.size) {
-            self.survey.sum += f64::from(E::magnitude(block));
+            self.survey.sum += f64::from(magnitude::<E>(block));
             self.survey.blocks += 1;
         }
     }

@@ -2,6 +2,7 @@
 
 use crate::dtype::Dtype;
 
+use super::extremes::Bits;
 use super::importance::Importance;
 
 /// A floating-point type that weights are stored in.
@@ -101,29 +102,6 @@ pub struct Tile<'a> {
     pub importance: Option<Importance<'a>>,
 }
 
-/// The smallest and largest value of a group, both widened to include zero. NaN if the group has a
-/// NaN of that sign.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Extremes {
-    pub(super) min: f32,
-    pub(super) max: f32,
-}
-
-impl Extremes {
-    /// The largest magnitude; NaN if the group has any NaN.
-    #[inline(always)]
-    pub(super) fn magnitude(self) -> f32 {
-        // Spelled out, since `f32::max` drops a NaN.
-        if self.min.is_nan() || self.max.is_nan() {
-            NAN
-        } else if -self.min > self.max {
-            -self.min
-        } else {
-            self.max
-        }
-    }
-}
-
 /// The NaN that is stored for any NaN.
 pub(super) const NAN: f32 = f32::from_bits(0x7fc0_0000);
 
@@ -132,8 +110,15 @@ pub(super) trait Element: Copy {
     /// One stored element, little-endian.
     type Raw: Copy;
 
+    /// Its bit pattern.
+    type Bits: Bits;
+
     /// Bytes of an element.
     const SIZE: usize;
+
+    /// Whether widening is so little that compilers do it for many elements at a time within other
+    /// work on them.
+    const WIDENS_AT_ONCE: bool;
 
     /// The distance from 1 to the next larger value. Stands in for a scale of zero.
     const EPSILON: f32;
@@ -154,27 +139,20 @@ pub(super) trait Element: Copy {
     /// smaller in magnitude than 2^-13.
     fn round_moderate(x: f32) -> f32;
 
-    /// `round_moderate(x / scale)`, of two values of this type, given `1 / scale`.
-    fn quotient(x: f32, scale: f32, reciprocal: f32) -> f32;
+    /// What [`Self::quotient`] needs to know of a moderate scale.
+    fn divisor(scale: f32) -> f32;
+
+    /// `round_moderate(x / scale)`, of two values of this type, given `divisor(scale)`.
+    fn quotient(x: f32, divisor: f32) -> f32;
 
     /// Stores `x`, a value of this type, in `out[..SIZE]`.
     fn store(x: f32, out: &mut [u8]);
 
-    /// The extremes of a group.
-    ///
-    /// Found among the bit patterns: those of non-negative values order as signed integers, those
-    /// of negative values as unsigned ones, and NaNs lie beyond infinity in both. Integer maxima
-    /// are exact in any order.
-    fn extremes(group: &[Self::Raw]) -> Extremes;
+    /// The bit pattern.
+    fn bits(raw: Self::Raw) -> Self::Bits;
 
-    /// The smallest and largest value of a group that has any. NaN for one of them if the group has
-    /// a NaN of that sign.
-    ///
-    /// Found among the bit patterns as signed integers, those of negative values inverted.
-    fn range(group: &[Self::Raw]) -> Extremes;
-
-    /// The largest magnitude of a group; NaN if it has any NaN, 0 if it is empty.
-    fn magnitude(group: &[Self::Raw]) -> f32;
+    /// The exact value of a bit pattern.
+    fn value(bits: Self::Bits) -> f32;
 }
 
 /// Evaluates an expression with a type name for the element type of a `Dtype` that a scheme accepts.
@@ -213,7 +191,9 @@ pub(super) struct F32;
 
 impl Element for Bf16 {
     type Raw = [u8; 2];
+    type Bits = i16;
     const SIZE: usize = 2;
+    const WIDENS_AT_ONCE: bool = true;
     const EPSILON: f32 = 1.0 / 128.0;
     const SMALLEST: f32 = f32::MIN_POSITIVE;
 
@@ -239,7 +219,12 @@ impl Element for Bf16 {
     }
 
     #[inline(always)]
-    fn quotient(x: f32, _scale: f32, reciprocal: f32) -> f32 {
+    fn divisor(scale: f32) -> f32 {
+        1.0 / scale
+    }
+
+    #[inline(always)]
+    fn quotient(x: f32, reciprocal: f32) -> f32 {
         // A quotient of two 8-bit significands is never halfway between two 8-bit significands
         // (the odd 9-bit midpoint would have to divide the dividend), and never closer to halfway
         // than one part in 2^17. So a product that is off by a part in 2^23 rounds the same way,
@@ -253,28 +238,21 @@ impl Element for Bf16 {
     }
 
     #[inline(always)]
-    fn extremes(group: &[[u8; 2]]) -> Extremes {
-        let (min, max) = extreme_bits_16(group);
-        Extremes { min: Self::widen(min), max: Self::widen(max) }
+    fn bits(raw: [u8; 2]) -> i16 {
+        i16::from_le_bytes(raw)
     }
 
     #[inline(always)]
-    fn range(group: &[[u8; 2]]) -> Extremes {
-        let (min, max) = range_bits_16(group);
-        Extremes { min: Self::widen(min), max: Self::widen(max) }
-    }
-
-    #[inline(always)]
-    fn magnitude(group: &[[u8; 2]]) -> f32 {
-        let magnitude =
-            group.iter().fold(0, |m: i16, raw| m.max(i16::from_le_bytes(*raw) & 0x7fff));
-        Self::widen(magnitude.to_le_bytes())
+    fn value(bits: i16) -> f32 {
+        Self::widen(bits.to_le_bytes())
     }
 }
 
 impl Element for F16 {
     type Raw = [u8; 2];
+    type Bits = i16;
     const SIZE: usize = 2;
+    const WIDENS_AT_ONCE: bool = false;
     const EPSILON: f32 = 1.0 / 1024.0;
     const SMALLEST: f32 = 1.0 / 16384.0;
 
@@ -320,7 +298,12 @@ impl Element for F16 {
     }
 
     #[inline(always)]
-    fn quotient(x: f32, _scale: f32, reciprocal: f32) -> f32 {
+    fn divisor(scale: f32) -> f32 {
+        1.0 / scale
+    }
+
+    #[inline(always)]
+    fn quotient(x: f32, reciprocal: f32) -> f32 {
         // As for bfloat16, with 11-bit significands; that the product is close enough here rests
         // on the test that tries every pair of them.
         f32::from_bits((x * reciprocal).to_bits().wrapping_add(0x1000) & 0xffff_e000)
@@ -344,28 +327,21 @@ impl Element for F16 {
     }
 
     #[inline(always)]
-    fn extremes(group: &[[u8; 2]]) -> Extremes {
-        let (min, max) = extreme_bits_16(group);
-        Extremes { min: Self::widen(min), max: Self::widen(max) }
+    fn bits(raw: [u8; 2]) -> i16 {
+        i16::from_le_bytes(raw)
     }
 
     #[inline(always)]
-    fn range(group: &[[u8; 2]]) -> Extremes {
-        let (min, max) = range_bits_16(group);
-        Extremes { min: Self::widen(min), max: Self::widen(max) }
-    }
-
-    #[inline(always)]
-    fn magnitude(group: &[[u8; 2]]) -> f32 {
-        let magnitude =
-            group.iter().fold(0, |m: i16, raw| m.max(i16::from_le_bytes(*raw) & 0x7fff));
-        Self::widen(magnitude.to_le_bytes())
+    fn value(bits: i16) -> f32 {
+        Self::widen(bits.to_le_bytes())
     }
 }
 
 impl Element for F32 {
     type Raw = [u8; 4];
+    type Bits = i32;
     const SIZE: usize = 4;
+    const WIDENS_AT_ONCE: bool = true;
     const EPSILON: f32 = f32::EPSILON;
     const SMALLEST: f32 = f32::MIN_POSITIVE;
 
@@ -390,8 +366,13 @@ impl Element for F32 {
     }
 
     #[inline(always)]
-    fn quotient(x: f32, scale: f32, _reciprocal: f32) -> f32 {
-        // Divide: with no coarser rounding to follow, `x * (1 / scale)` differs in the last bit.
+    fn divisor(scale: f32) -> f32 {
+        // With no coarser rounding to follow, `x * (1 / scale)` differs in the last bit.
+        scale
+    }
+
+    #[inline(always)]
+    fn quotient(x: f32, scale: f32) -> f32 {
         x / scale
     }
 
@@ -401,31 +382,13 @@ impl Element for F32 {
     }
 
     #[inline(always)]
-    fn extremes(group: &[[u8; 4]]) -> Extremes {
-        let (mut min, mut max) = (1 << 31, 0);
-        for &raw in group {
-            min = u32::from_le_bytes(raw).max(min);
-            max = i32::from_le_bytes(raw).max(max);
-        }
-        Extremes { min: f32::from_bits(min), max: f32::from_bits(max as u32) }
+    fn bits(raw: [u8; 4]) -> i32 {
+        i32::from_le_bytes(raw)
     }
 
     #[inline(always)]
-    fn range(group: &[[u8; 4]]) -> Extremes {
-        let order = |bits: i32| bits ^ ((bits >> 31) & i32::MAX);
-        let (mut min, mut max) = (i32::MAX, i32::MIN);
-        for &raw in group {
-            let key = order(i32::from_le_bytes(raw));
-            (min, max) = (min.min(key), max.max(key));
-        }
-        let value = |key| f32::from_bits(order(key).cast_unsigned());
-        Extremes { min: value(min), max: value(max) }
-    }
-
-    #[inline(always)]
-    fn magnitude(group: &[[u8; 4]]) -> f32 {
-        let magnitude = |m: i32, raw: &[u8; 4]| m.max(i32::from_le_bytes(*raw) & i32::MAX);
-        f32::from_bits(group.iter().fold(0, magnitude).cast_unsigned())
+    fn value(bits: i32) -> f32 {
+        Self::widen(bits.to_le_bytes())
     }
 }
 
@@ -435,27 +398,6 @@ pub(super) fn widen<E: Element>(row: &[E::Raw], out: &mut [f32]) {
     for (out, &raw) in out.iter_mut().zip(row) {
         *out = E::widen(raw);
     }
-}
-
-#[inline(always)]
-fn extreme_bits_16(group: &[[u8; 2]]) -> ([u8; 2], [u8; 2]) {
-    let (mut min, mut max) = (1 << 15, 0);
-    for &raw in group {
-        min = u16::from_le_bytes(raw).max(min);
-        max = i16::from_le_bytes(raw).max(max);
-    }
-    (min.to_le_bytes(), max.to_le_bytes())
-}
-
-#[inline(always)]
-fn range_bits_16(group: &[[u8; 2]]) -> ([u8; 2], [u8; 2]) {
-    let order = |bits: i16| bits ^ ((bits >> 15) & i16::MAX);
-    let (mut min, mut max) = (i16::MAX, i16::MIN);
-    for &raw in group {
-        let key = order(i16::from_le_bytes(raw));
-        (min, max) = (min.min(key), max.max(key));
-    }
-    (order(min).to_le_bytes(), order(max).to_le_bytes())
 }
 
 #[cfg(test)]
@@ -534,7 +476,7 @@ mod tests {
         for a in significands.clone() {
             for b in significands.clone() {
                 let [x, scale] = [a, b].map(|s| f32::from_bits(s << shift | 0x3f80_0000));
-                let quotient = E::quotient(x, scale, 1.0 / scale);
+                let quotient = E::quotient(x, E::divisor(scale));
                 assert_eq!(quotient.to_bits(), E::round(x / scale).to_bits(), "{x} / {scale}");
             }
         }
@@ -544,47 +486,5 @@ mod tests {
     fn a_product_with_the_reciprocal_rounds_to_the_quotient() {
         check_quotients::<Bf16>(0..128, 16);
         check_quotients::<F16>(0..1024, 13);
-    }
-
-    #[test]
-    fn extremes_include_zero_and_let_no_nan_pass() {
-        let inf = f32::INFINITY;
-        let cases: [(&[f32], f32, f32); 6] = [
-            (&[1.0, 2.0, 0.5], 0.0, 2.0),
-            (&[-1.0, -0.25], -1.0, 0.0),
-            (&[-3.0, 0.0, 2.0, -0.0], -3.0, 2.0),
-            (&[inf, -1.0], -1.0, inf),
-            (&[0.0, -0.0], 0.0, 0.0),
-            (&[-inf, 5.0], -inf, 5.0),
-        ];
-        let raw = |xs: &[f32]| xs.iter().map(|x| x.to_le_bytes()).collect::<Vec<_>>();
-        let raw_bf16 = |xs: &[f32]| -> Vec<[u8; 2]> {
-            xs.iter().map(|x| ((x.to_bits() >> 16) as u16).to_le_bytes()).collect()
-        };
-        for (xs, min, max) in cases {
-            for e in [F32::extremes(&raw(xs)), Bf16::extremes(&raw_bf16(xs))] {
-                assert_eq!((e.min, e.max), (min, max));
-                assert_eq!(e.magnitude(), f32::max(-min, max));
-            }
-            let largest = xs.iter().fold(f32::NEG_INFINITY, |m, &x| m.max(x));
-            let smallest = xs.iter().fold(f32::INFINITY, |m, &x| m.min(x));
-            for e in [F32::range(&raw(xs)), Bf16::range(&raw_bf16(xs))] {
-                assert_eq!((e.min, e.max), (smallest, largest));
-            }
-            assert_eq!(F32::magnitude(&raw(xs)), f32::max(-min, max));
-            assert_eq!(Bf16::magnitude(&raw_bf16(xs)), f32::max(-min, max));
-        }
-        for nan in [f32::NAN, -f32::NAN] {
-            for other in [inf, -inf, 1.0] {
-                assert!(F32::extremes(&raw(&[other, nan])).magnitude().is_nan());
-                assert!(Bf16::extremes(&raw_bf16(&[nan, other])).magnitude().is_nan());
-                assert!(F32::magnitude(&raw(&[other, nan])).is_nan());
-                assert!(Bf16::magnitude(&raw_bf16(&[nan, other])).is_nan());
-                let e = Bf16::range(&raw_bf16(&[nan, other]));
-                assert!(e.min.is_nan() || e.max.is_nan());
-                let e = F32::range(&raw(&[other, nan]));
-                assert!(e.min.is_nan() || e.max.is_nan());
-            }
-        }
     }
 }

@@ -25,15 +25,18 @@
 
 use crate::dtype::Dtype;
 
+use super::extremes::{Extremes, extremes};
 use super::grid::Grid;
-use super::int::{Codes, Fit, Granularity, MODERATE};
+use super::int::{Codes, Fit, Granularity};
 use super::isa::{Isa, Kernel};
+use super::lanes::round;
+use super::nearest::{Divided, Nearest, Tool, codes as codes_of};
 use super::pack::{pack, packed_len, unpack, word_of};
 use super::refine::{Refiner, Refining};
-use super::search::{Search, Tool};
+use super::search::Search;
 use super::shape::{grouped, matrix, part, stripes};
 use super::survey::Survey;
-use super::tile::{Element, Extremes, F16, Tile, for_element, widen};
+use super::tile::{Element, F16, Tile, for_element, widen};
 use super::{Part, Quality, Role};
 
 /// Transposed integers with a scale and a zero point per group or channel.
@@ -226,55 +229,49 @@ struct GptqModel;
 impl Tool for GptqModel {
     #[inline(always)]
     fn fit<E: Element>(range: Codes, symmetric: bool, extremes: Extremes) -> Fit {
-        let Extremes { mut min, mut max } = extremes;
-        if symmetric {
-            max = extremes.magnitude();
-            if min < 0.0 {
-                min = -max;
-            }
-        }
-        if min == 0.0 && max == 0.0 {
-            (min, max) = (-1.0, 1.0);
-        }
+        let Extremes { min, max } = extremes;
+        let magnitude = extremes.magnitude();
+        let max = if symmetric { magnitude } else { max };
+        let min = if symmetric && min < 0.0 { -magnitude } else { min };
+        let is_zero = (min == 0.0) & (max == 0.0);
+        let (min, max) = if is_zero { (-1.0, 1.0) } else { (min, max) };
         let scale = (max - min) / range.steps();
-        let zero = (-min / scale).round_ties_even();
+        let zero = round(-min / scale);
         let zero_point =
             if symmetric || zero.is_nan() { 0.0 } else { range.clamp(zero + range.low) };
         Fit { scale, zero_point }
     }
 
     #[inline(always)]
-    fn codes<E: Element>(
-        range: Codes,
-        _symmetric: bool,
-        Fit { scale, zero_point }: Fit,
-        group: &[E::Raw],
-        out: &mut [u8],
-    ) {
-        let (low, high) = range.less(zero_point);
-        let zero = range.byte(zero_point);
-        let code = |x: f32| {
-            let x = if x < low { low } else { x };
-            let x = if x > high { high } else { x };
-            // The sum has a spacing of 1. Zero is added to what was rounded, not before.
-            ((x + 12_582_912.0).to_bits() as u8).wrapping_add(zero)
-        };
-        if MODERATE.contains(&scale.abs()) {
-            for (&raw, out) in group.iter().zip(out) {
-                *out = code(E::widen(raw) / scale);
-            }
-        } else {
-            for (&raw, out) in group.iter().zip(out) {
-                let x = E::widen(raw) / scale;
-                *out = code(if x.is_nan() { 0.0 } else { x });
-            }
-        }
+    fn divisor<E: Element>(scale: f32) -> f32 {
+        scale
+    }
+
+    #[inline(always)]
+    fn code<E: Element>(range: Codes, _symmetric: bool, divided: Divided, x: f32) -> u8 {
+        code(range, x / divided.by, divided.zero_point)
+    }
+
+    #[inline(always)]
+    fn code_at_any<E: Element>(range: Codes, _symmetric: bool, fit: Fit, x: f32) -> u8 {
+        let x = x / fit.scale;
+        code(range, if x.is_nan() { 0.0 } else { x }, fit.zero_point)
     }
 
     #[inline(always)]
     fn stored<E: Element>(scale: f32) -> f32 {
         F16::round(scale)
     }
+}
+
+/// The stored byte of a quotient that is a number.
+#[inline(always)]
+fn code(range: Codes, x: f32, zero_point: f32) -> u8 {
+    let (low, high) = range.less(zero_point);
+    let x = if x < low { low } else { x };
+    let x = if x > high { high } else { x };
+    // The sum has a spacing of 1. Zero is added to what was rounded, not before.
+    ((x + 12_582_912.0) + (zero_point + range.offset)).to_bits() as u8
 }
 
 /// What finds scales and zero points with less error than gptqmodel's.
@@ -309,7 +306,7 @@ fn fit_row<E: Element>(
 ) -> Fit {
     let Some(finder) = finder else {
         let range = Codes::offset(scheme.bits);
-        return GptqModel::fit::<E>(range, scheme.symmetric, E::extremes(row));
+        return GptqModel::fit::<E>(range, scheme.symmetric, extremes::<E>(row).values::<E>());
     };
     let mut fit = [Fit { scale: 0.0, zero_point: 0.0 }];
     finder.encode_row::<E>(row, codes, &mut fit);
@@ -362,6 +359,7 @@ impl<E: Element> Kernel for Encode<'_, E> {
         let group = self.scheme.group(cols as u64) as usize;
         let groups = cols / group;
         let range = Codes::offset(bits);
+        let mut nearest = Nearest::<E>::new(range, symmetric, group, cols);
         // Rows whose codes share a word, and words that a row's codes take part in.
         let (sharing, width) = match order {
             TransposedOrder::AwqGemm => (8, cols),
@@ -373,7 +371,10 @@ impl<E: Element> Kernel for Encode<'_, E> {
         let code_pitch = cols.next_multiple_of(8);
         let mut row_codes = vec![0; sharing * code_pitch];
         let mut fits = vec![Fit { scale: 0.0, zero_point: 0.0 }; groups];
-        let mut zeros = vec![0; groups * rows.next_multiple_of(8)];
+        let mut row_scales = vec![[0; 2]; groups];
+        let mut row_zeros = vec![0; groups];
+        let zero_pitch = rows.next_multiple_of(8);
+        let mut zeros = vec![0; groups * zero_pitch];
         let (words, _) = self.codes.as_chunks_mut::<4>();
         let row_words = words.len() / width;
         let (scales, _) = self.scales.as_chunks_mut::<2>();
@@ -393,22 +394,25 @@ impl<E: Element> Kernel for Encode<'_, E> {
                                 Some(fit) => *fit,
                                 None => fit_row::<E>(self.scheme, &mut self.finder, row, codes),
                             };
-                            GptqModel::codes::<E>(range, symmetric, fits[0], row, codes);
+                            codes_of::<E, GptqModel>(range, symmetric, fits[0], row, codes);
                         }
                         Some(finder) => finder.encode_row::<E>(row, codes, &mut fits),
                         None => {
-                            let pairs = row.chunks_exact(group).zip(codes.chunks_exact_mut(group));
-                            for ((group, codes), fit) in pairs.zip(&mut fits) {
-                                *fit = GptqModel::fit::<E>(range, symmetric, E::extremes(group));
-                                GptqModel::codes::<E>(range, symmetric, *fit, group, codes);
-                            }
+                            nearest.encode_row::<GptqModel>(row, codes, &mut fits);
                         }
                     }
-                    for (g, fit) in fits.iter().enumerate() {
-                        if let Some(scale) = scales.get_mut(g * rows + r) {
-                            F16::store(F16::round(fit.scale), scale);
-                        }
-                        zeros[g * rows.next_multiple_of(8) + r] = range.byte(fit.zero_point);
+                    // All of a row, before they are scattered, for the compiler to do many at a time.
+                    let stored = row_scales.iter_mut().zip(&mut row_zeros);
+                    for (fit, (scale, zero)) in fits.iter().zip(stored) {
+                        F16::store(F16::round(fit.scale), scale);
+                        *zero = range.byte(fit.zero_point);
+                    }
+                    let lines = scales.chunks_exact_mut(rows);
+                    for (line, scale) in lines.zip(&row_scales) {
+                        line[r] = *scale;
+                    }
+                    for (line, zero) in zeros.chunks_exact_mut(zero_pitch).zip(&row_zeros) {
+                        line[r] = *zero;
                     }
                 }
                 let line = &mut lines[lane * pitch..][..width];
@@ -420,7 +424,7 @@ impl<E: Element> Kernel for Encode<'_, E> {
             transpose(&lines, pitch, lanes, words, row_words, block * LANES);
         }
         let zero_lines = self.zeros.chunks_exact_mut(packed_len(rows, bits));
-        for (zeros, out) in zeros.chunks_exact(rows.next_multiple_of(8)).zip(zero_lines) {
+        for (zeros, out) in zeros.chunks_exact(zero_pitch).zip(zero_lines) {
             pack_zeros(self.scheme, zeros, out);
         }
     }

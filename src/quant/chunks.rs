@@ -1,0 +1,72 @@
+//! Codes of groups that are too short for a loop of their own.
+
+use super::tile::{Element, widen};
+
+/// Weights that are coded together. Groups are whole chunks.
+pub(super) const CHUNK: usize = 32;
+
+/// The memory for finding a row's codes chunk by chunk, each with something of its group's.
+#[derive(Debug)]
+pub(super) struct Chunks<P> {
+    /// Weights of a group.
+    len: usize,
+    /// Of each chunk, where a group has several.
+    params: Vec<P>,
+    /// The row's values, where the compiler can't widen a chunk and code it at once.
+    values: Vec<f32>,
+    /// In lanes as wide as those that they are found in: those of a chunk would be narrowed one by
+    /// one.
+    codes: Vec<u32>,
+}
+
+impl<P: Copy + Default> Chunks<P> {
+    /// For groups of `len` weights, a multiple of `CHUNK`, in rows of `cols`.
+    pub(super) fn new(len: usize, cols: usize) -> Self {
+        let params = vec![P::default(); if len == CHUNK { 0 } else { cols / CHUNK }];
+        Self { len, params, values: vec![0.0; cols], codes: vec![0; cols] }
+    }
+
+    /// Writes `code(weight, of_its_group)` for each weight of a row.
+    #[inline(always)]
+    pub(super) fn encode<E: Element>(
+        &mut self,
+        row: &[E::Raw],
+        params: &[P],
+        out: &mut [u8],
+        code: impl Fn(f32, P) -> u8,
+    ) {
+        let params = if self.len == CHUNK {
+            params
+        } else {
+            for (chunks, param) in self.params.chunks_exact_mut(self.len / CHUNK).zip(params) {
+                chunks.fill(*param);
+            }
+            &self.params
+        };
+        let codes = self.codes.as_chunks_mut::<CHUNK>().0.iter_mut().zip(params);
+        if E::WIDENS_AT_ONCE {
+            for ((codes, param), chunk) in codes.zip(row.as_chunks::<CHUNK>().0) {
+                *codes = map(chunk, |raw| code(E::widen(raw), *param).into());
+            }
+        } else {
+            widen::<E>(row, &mut self.values);
+            for ((codes, param), chunk) in codes.zip(self.values.as_chunks::<CHUNK>().0) {
+                *codes = map(chunk, |x| code(x, *param).into());
+            }
+        }
+        for (code, out) in self.codes.iter().zip(out) {
+            *out = *code as u8;
+        }
+    }
+}
+
+/// As the method of arrays, which compilers may leave a call of code without a kernel's
+/// instructions.
+#[inline(always)]
+pub(super) fn map<T: Copy, const N: usize>(chunk: &[T; N], f: impl Fn(T) -> u32) -> [u32; N] {
+    let mut out = [0; N];
+    for (out, &x) in out.iter_mut().zip(chunk) {
+        *out = f(x);
+    }
+    out
+}

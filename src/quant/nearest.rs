@@ -1,0 +1,143 @@
+//! Codes rounded to nearest, as the tools do whose bytes are the reference.
+
+use super::chunks::{CHUNK, Chunks};
+use super::extremes::{ExtremeBits, Extremes, extremes};
+use super::int::{Codes, Fit, MODERATE};
+use super::tile::Element;
+
+/// The tool whose bytes a scheme has at reference quality; what it does is a search's first guess.
+pub(super) trait Tool {
+    /// Scale and zero point of a group. Chosen by selection, for the compiler to do many groups at a
+    /// time.
+    fn fit<E: Element>(range: Codes, symmetric: bool, extremes: Extremes) -> Fit;
+
+    /// What [`Self::code`] needs to know of a scale.
+    fn divisor<E: Element>(scale: f32) -> f32;
+
+    /// The code of a weight, as a stored byte, in a group whose scale is moderate: then no quotient
+    /// is a NaN.
+    fn code<E: Element>(range: Codes, symmetric: bool, divided: Divided, x: f32) -> u8;
+
+    /// The code of a weight, as a stored byte, with any scale.
+    fn code_at_any<E: Element>(range: Codes, symmetric: bool, fit: Fit, x: f32) -> u8;
+
+    /// What is left of a scale when it is stored.
+    fn stored<E: Element>(scale: f32) -> f32;
+}
+
+/// What codes are made with.
+#[derive(Clone, Copy, Default, Debug)]
+pub(super) struct Divided {
+    /// Of the scale, [`Tool::divisor`].
+    pub(super) by: f32,
+    pub(super) zero_point: f32,
+}
+
+impl Divided {
+    #[inline(always)]
+    fn new<E: Element, T: Tool>(fit: Fit) -> Self {
+        Self { by: T::divisor::<E>(fit.scale), zero_point: fit.zero_point }
+    }
+}
+
+/// Codes of a group, as stored bytes.
+#[inline(always)]
+pub(super) fn codes<E: Element, T: Tool>(
+    range: Codes,
+    symmetric: bool,
+    fit: Fit,
+    group: &[E::Raw],
+    out: &mut [u8],
+) {
+    if is_moderate(&fit) {
+        let divided = Divided::new::<E, T>(fit);
+        for (&raw, out) in group.iter().zip(out) {
+            *out = T::code::<E>(range, symmetric, divided, E::widen(raw));
+        }
+    } else {
+        for (&raw, out) in group.iter().zip(out) {
+            *out = T::code_at_any::<E>(range, symmetric, fit, E::widen(raw));
+        }
+    }
+}
+
+/// The encoding of rows at reference quality, with the memory for it.
+#[derive(Debug)]
+pub(super) struct Nearest<E: Element> {
+    range: Codes,
+    symmetric: bool,
+    /// Weights of a group.
+    len: usize,
+    /// Of each group.
+    extremes: Vec<ExtremeBits<E::Bits>>,
+    divided: Vec<Divided>,
+    /// None where groups have loops of their own.
+    chunks: Option<Chunks<Divided>>,
+}
+
+/// Groups of so many weights or more have loops of their own.
+const LONG: usize = 256;
+
+impl<E: Element> Nearest<E> {
+    /// For groups of `len` weights, in rows of `cols`.
+    pub(super) fn new(range: Codes, symmetric: bool, len: usize, cols: usize) -> Self {
+        let is_chunked = len < LONG && len.is_multiple_of(CHUNK);
+        Self {
+            range,
+            symmetric,
+            len,
+            extremes: vec![ExtremeBits::ZERO; cols / len],
+            divided: vec![Divided::default(); cols / len],
+            chunks: is_chunked.then(|| Chunks::new(len, cols)),
+        }
+    }
+
+    /// The codes of a row, as stored bytes, with the scale and zero point of each of its groups.
+    #[inline(always)]
+    pub(super) fn encode_row<T: Tool>(&mut self, row: &[E::Raw], out: &mut [u8], fits: &mut [Fit]) {
+        for (group, bits) in row.chunks_exact(self.len).zip(&mut self.extremes) {
+            *bits = extremes::<E>(group);
+        }
+        // Known to each loop, or it would have branches.
+        if self.symmetric {
+            self.fit::<T>(true, fits);
+            self.write::<T>(true, row, out, fits);
+        } else {
+            self.fit::<T>(false, fits);
+            self.write::<T>(false, row, out, fits);
+        }
+    }
+
+    #[inline(always)]
+    fn fit<T: Tool>(&mut self, symmetric: bool, fits: &mut [Fit]) {
+        let out = fits.iter_mut().zip(&mut self.divided);
+        for (bits, (fit, divided)) in self.extremes.iter().zip(out) {
+            *fit = T::fit::<E>(self.range, symmetric, bits.values::<E>());
+            *divided = Divided::new::<E, T>(*fit);
+        }
+    }
+
+    #[inline(always)]
+    fn write<T: Tool>(&mut self, symmetric: bool, row: &[E::Raw], out: &mut [u8], fits: &[Fit]) {
+        let range = self.range;
+        if let Some(chunks) = &mut self.chunks {
+            chunks.encode::<E>(row, &self.divided, out, |x, divided| {
+                T::code::<E>(range, symmetric, divided, x)
+            });
+            if fits.iter().fold(true, |all, fit| all & is_moderate(fit)) {
+                return;
+            }
+        }
+        let groups = row.chunks_exact(self.len).zip(out.chunks_exact_mut(self.len));
+        for ((group, out), fit) in groups.zip(fits) {
+            if self.chunks.is_none() || !is_moderate(fit) {
+                codes::<E, T>(range, symmetric, *fit, group, out);
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn is_moderate(fit: &Fit) -> bool {
+    MODERATE.contains(&fit.scale.abs())
+}
