@@ -19,7 +19,7 @@ use crate::dtype::Dtype;
 
 use super::affine_refine::Refiner;
 use super::affine_search::Search;
-use super::chunks::Chunks;
+use super::chunks::{Chunks, Rows};
 use super::extremes::{ExtremeBits, Extremes, range};
 use super::grid::Grid;
 use super::int::MODERATE;
@@ -166,7 +166,8 @@ impl<E: Element> Kernel for Encode<'_, E> {
         let scales = self.scales.chunks_exact_mut(groups * E::SIZE);
         let biases = self.biases.chunks_exact_mut(groups * E::SIZE);
         for (r, ((codes, scales), biases)) in rows.zip(scales).zip(biases).enumerate() {
-            let row = &self.source[r * self.stride..][..self.cols];
+            let pair = Rows::new(self.source, (self.cols, self.stride), r);
+            let row = pair.row;
             match &mut search {
                 Some(search) => {
                     let lines = (&mut row_scales[..], &mut row_biases[..]);
@@ -195,7 +196,7 @@ impl<E: Element> Kernel for Encode<'_, E> {
                     for (line, (&scale, &bias)) in lines.iter_mut().zip(found) {
                         *line = Line { scale, bias };
                     }
-                    chunks.encode::<E>(row, &lines, &mut row_codes, |x, Line { scale, bias }| {
+                    chunks.encode::<E>(pair, &lines, &mut row_codes, |x, Line { scale, bias }| {
                         code((x - bias) / scale, high)
                     });
                     let is_odd = |line: &Line| !MODERATE.contains(&line.scale.abs());

@@ -1,5 +1,6 @@
 //! Codes of groups that are too short for a loop of their own.
 
+use super::isa::prefetch;
 use super::tile::{Element, widen};
 
 /// Weights that are coded together. Groups are whole chunks.
@@ -26,11 +27,12 @@ impl<P: Copy + Default> Chunks<P> {
         Self { len, params, values: vec![0.0; cols], codes: vec![0; cols] }
     }
 
-    /// Writes `code(weight, of_its_group)` for each weight of a row.
+    /// Writes `code(weight, of_its_group)` for each weight of a row, and fetches the next one into the
+    /// cache meanwhile: a row's extremes are found at the pace of memory, its codes are not.
     #[inline(always)]
     pub(super) fn encode<E: Element>(
         &mut self,
-        row: &[E::Raw],
+        Rows { row, next }: Rows<'_, E::Raw>,
         params: &[P],
         out: &mut [u8],
         code: impl Fn(f32, P) -> u8,
@@ -44,19 +46,39 @@ impl<P: Copy + Default> Chunks<P> {
             &self.params
         };
         let codes = self.codes.as_chunks_mut::<CHUNK>().0.iter_mut().zip(params);
+        let codes = codes.zip(next.as_chunks::<CHUNK>().0);
         if E::WIDENS_AT_ONCE {
-            for ((codes, param), chunk) in codes.zip(row.as_chunks::<CHUNK>().0) {
+            for (((codes, param), next), chunk) in codes.zip(row.as_chunks::<CHUNK>().0) {
+                prefetch(next);
                 *codes = map(chunk, |raw| code(E::widen(raw), *param).into());
             }
         } else {
             widen::<E>(row, &mut self.values);
-            for ((codes, param), chunk) in codes.zip(self.values.as_chunks::<CHUNK>().0) {
+            for (((codes, param), next), chunk) in codes.zip(self.values.as_chunks::<CHUNK>().0) {
+                prefetch(next);
                 *codes = map(chunk, |x| code(x, *param).into());
             }
         }
         for (code, out) in self.codes.iter().zip(out) {
             *out = *code as u8;
         }
+    }
+}
+
+/// A row of a tile, and the one after it; the row itself where there is none.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Rows<'a, R> {
+    pub(super) row: &'a [R],
+    next: &'a [R],
+}
+
+impl<'a, R> Rows<'a, R> {
+    /// Row `r` of a tile of rows of `cols`, `stride` from one another.
+    #[inline(always)]
+    pub(super) fn new(source: &'a [R], (cols, stride): (usize, usize), r: usize) -> Self {
+        let row = &source[r * stride..][..cols];
+        let next = source.get((r + 1) * stride..).and_then(|rest| rest.get(..cols));
+        Self { row, next: next.unwrap_or(row) }
     }
 }
 

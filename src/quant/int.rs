@@ -19,6 +19,7 @@
 
 use crate::dtype::Dtype;
 
+use super::chunks::Rows;
 use super::extremes::Extremes;
 use super::grid::Grid;
 use super::isa::{Isa, Kernel};
@@ -278,7 +279,8 @@ impl<E: Element> Kernel for Encode<'_, E> {
         let rows = self.codes.chunks_exact_mut(row_len);
         let scales = self.scales.chunks_exact_mut(groups * E::SIZE);
         for (r, (codes, scales)) in rows.zip(scales).enumerate() {
-            let row = &self.source[r * self.stride..][..self.cols];
+            let pair = Rows::new(self.source, (self.cols, self.stride), r);
+            let row = pair.row;
             if let Some(search) = &mut search {
                 let codes = &mut row_codes[..self.cols];
                 search.encode_row::<E, CompressedTensors>(row, codes, &mut row_fits);
@@ -289,7 +291,7 @@ impl<E: Element> Kernel for Encode<'_, E> {
                 }
             } else {
                 let codes = &mut row_codes[..self.cols];
-                nearest.encode_row::<CompressedTensors>(row, codes, &mut row_fits);
+                nearest.encode_row::<CompressedTensors>(pair, codes, &mut row_fits);
             }
             for ((fit, scale), zero) in
                 row_fits.iter().zip(scales.chunks_exact_mut(E::SIZE)).zip(&mut row_zeros)

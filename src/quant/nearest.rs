@@ -1,6 +1,6 @@
 //! Codes rounded to nearest, as the tools do whose bytes are the reference.
 
-use super::chunks::{CHUNK, Chunks};
+use super::chunks::{CHUNK, Chunks, Rows};
 use super::extremes::{ExtremeBits, Extremes, extremes};
 use super::int::{Codes, Fit, MODERATE};
 use super::tile::Element;
@@ -94,17 +94,22 @@ impl<E: Element> Nearest<E> {
 
     /// The codes of a row, as stored bytes, with the scale and zero point of each of its groups.
     #[inline(always)]
-    pub(super) fn encode_row<T: Tool>(&mut self, row: &[E::Raw], out: &mut [u8], fits: &mut [Fit]) {
-        for (group, bits) in row.chunks_exact(self.len).zip(&mut self.extremes) {
+    pub(super) fn encode_row<T: Tool>(
+        &mut self,
+        rows: Rows<'_, E::Raw>,
+        out: &mut [u8],
+        fits: &mut [Fit],
+    ) {
+        for (group, bits) in rows.row.chunks_exact(self.len).zip(&mut self.extremes) {
             *bits = extremes::<E>(group);
         }
         // Known to each loop, or it would have branches.
         if self.symmetric {
             self.fit::<T>(true, fits);
-            self.write::<T>(true, row, out, fits);
+            self.write::<T>(true, rows, out, fits);
         } else {
             self.fit::<T>(false, fits);
-            self.write::<T>(false, row, out, fits);
+            self.write::<T>(false, rows, out, fits);
         }
     }
 
@@ -118,17 +123,23 @@ impl<E: Element> Nearest<E> {
     }
 
     #[inline(always)]
-    fn write<T: Tool>(&mut self, symmetric: bool, row: &[E::Raw], out: &mut [u8], fits: &[Fit]) {
+    fn write<T: Tool>(
+        &mut self,
+        symmetric: bool,
+        rows: Rows<'_, E::Raw>,
+        out: &mut [u8],
+        fits: &[Fit],
+    ) {
         let range = self.range;
         if let Some(chunks) = &mut self.chunks {
-            chunks.encode::<E>(row, &self.divided, out, |x, divided| {
+            chunks.encode::<E>(rows, &self.divided, out, |x, divided| {
                 T::code::<E>(range, symmetric, divided, x)
             });
             if fits.iter().fold(true, |all, fit| all & is_moderate(fit)) {
                 return;
             }
         }
-        let groups = row.chunks_exact(self.len).zip(out.chunks_exact_mut(self.len));
+        let groups = rows.row.chunks_exact(self.len).zip(out.chunks_exact_mut(self.len));
         for ((group, out), fit) in groups.zip(fits) {
             if self.chunks.is_none() || !is_moderate(fit) {
                 codes::<E, T>(range, symmetric, *fit, group, out);

@@ -25,6 +25,7 @@
 
 use crate::dtype::Dtype;
 
+use super::chunks::Rows;
 use super::extremes::{Extremes, extremes};
 use super::grid::Grid;
 use super::int::{Codes, Fit, Granularity};
@@ -386,7 +387,8 @@ impl<E: Element> Kernel for Encode<'_, E> {
                     row_codes.fill(0);
                 }
                 for r in first..rows.min(first + sharing) {
-                    let row = &self.source[r * self.stride..][..cols];
+                    let pair = Rows::new(self.source, (cols, self.stride), r);
+                    let row = pair.row;
                     let codes = &mut row_codes[(r - first) * code_pitch..][..cols];
                     match &mut self.finder {
                         _ if granularity == Granularity::Channel => {
@@ -398,7 +400,7 @@ impl<E: Element> Kernel for Encode<'_, E> {
                         }
                         Some(finder) => finder.encode_row::<E>(row, codes, &mut fits),
                         None => {
-                            nearest.encode_row::<GptqModel>(row, codes, &mut fits);
+                            nearest.encode_row::<GptqModel>(pair, codes, &mut fits);
                         }
                     }
                     // All of a row, before they are scattered, for the compiler to do many at a time.
