@@ -9,7 +9,7 @@
 
 use aq_fs::dtype::Dtype;
 use aq_fs::quant::{Granularity, IntScheme, Packing, Quality, Scheme};
-use aq_fs::recipe::{Assignment, Decision, Request};
+use aq_fs::recipe::{Assignment, Decision, Job, Request};
 use aq_fs::source::{Catalog, Decoder, Extent, Tensor};
 use regex::RegexSet;
 use serde_json::Value;
@@ -72,8 +72,8 @@ impl<'a> Architecture<'a> {
             packing: Packing::Packed32,
             quality: Quality::Reference,
         });
-        let assignment = Assignment::new(&catalog, config, &Request::default(), scheme)
-            .expect("nothing is refused");
+        let job = Job { catalog: &catalog, config, request: &Request::default() };
+        let assignment = Assignment::new(job, scheme).expect("nothing is refused");
         let decisions =
             (0..rows.len()).map(|id| matches!(assignment[id], Decision::Quantize(_))).collect();
         let name = format!("{} {}", value["model_type"], value["architecture"]);

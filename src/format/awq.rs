@@ -11,14 +11,13 @@
 //! Upstream: `gptqmodel/nn_modules/qlinear` of github.com/ModelCloud/GPTQModel 7.7.0, which writes
 //! what AutoAWQ's `gemm` version did. The config is AutoAWQ's, which every loader reads.
 
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::gptq::{GROUPS, group_size};
 use super::{Format, Grain, Plan, Reader, Takes, by_layout, ran, skip};
 use crate::error::Result;
 use crate::quant::{Scheme, TransposedOrder, TransposedScheme};
-use crate::recipe::{Assignment, Decision, Request};
-use crate::source::Catalog;
+use crate::recipe::{Assignment, Decision, Job};
 
 /// `awq`.
 #[derive(Debug)]
@@ -49,8 +48,8 @@ impl Format for Awq {
         }
     }
 
-    fn plan(&self, catalog: &Catalog, config: Option<&Value>, request: &Request) -> Result<Plan> {
-        let takes = self.takes();
+    fn assign(&self, job: Job<'_>) -> Result<Assignment> {
+        let (takes, request) = (self.takes(), job.request);
         takes.check(self.name(), request)?;
         let scheme = TransposedScheme {
             bits: 4,
@@ -59,7 +58,11 @@ impl Format for Awq {
             order: TransposedOrder::AwqGemm,
             quality: request.quality,
         };
-        let assignment = Assignment::new(catalog, config, request, Scheme::Transposed(scheme))?;
+        Assignment::new(job, Scheme::Transposed(scheme))
+    }
+
+    fn lay_out(&self, job: Job<'_>, assignment: Assignment) -> Plan {
+        let Job { catalog, request, .. } = job;
         let mut plan = Plan::new(assignment, catalog.tensors().len() * 3);
         for id in 0..catalog.tensors().len() {
             match plan.assignment[id] {
@@ -73,11 +76,11 @@ impl Format for Awq {
             "quant_method": "awq",
             "version": "gemm",
             "bits": 4,
-            "group_size": group_size(scheme.granularity),
+            "group_size": group_size(self.takes().granularity(request)),
             "zero_point": true,
             "modules_to_not_convert": skip::modules(&plan, catalog),
         });
         plan.declare("quantization_config", declared);
-        Ok(plan)
+        plan
     }
 }

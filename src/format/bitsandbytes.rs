@@ -33,13 +33,12 @@
 
 use serde_json::{Value, json};
 
-use super::fused_experts::{self, Kept};
 use super::takes::{Grain, Takes};
-use super::{Format, Plan, Reader, by_layout, ran, skip};
+use super::{Format, KeptExperts, Plan, Reader, by_layout, fused_experts, ran, skip};
 use crate::dtype::Dtype;
 use crate::error::Result;
 use crate::quant::{Codebook, CodebookScheme, Granularity, LlmInt8Scheme, Scheme, Storage};
-use crate::recipe::{Assignment, Decision, Request, Schemes};
+use crate::recipe::{Assignment, Decision, Job, Request, Schemes};
 use crate::source::Catalog;
 
 /// One of the 4-bit formats.
@@ -95,52 +94,18 @@ impl Format for FourBit {
         const { &[TRANSFORMERS, by_layout("diffusers"), by_layout("vLLM")] }
     }
 
-    fn plan(&self, catalog: &Catalog, config: Option<&Value>, request: &Request) -> Result<Plan> {
-        let assignment = self.assign(catalog, config, request)?;
-        Ok(self.lay_out(catalog, request, assignment))
+    fn fused_experts(&self, config: Option<&Value>) -> Option<KeptExperts> {
+        fused_experts::in_transformers(config).filter(|kept| *kept == KeptExperts::Single)
     }
 
-    fn plan_in_parts(
-        &self,
-        catalog: &Catalog,
-        config: Option<&Value>,
-        request: &Request,
-    ) -> Result<(Plan, Option<Catalog>)> {
-        fused_experts::plan(
-            catalog,
-            fused_experts::in_transformers(config).filter(|kept| *kept == Kept::Single),
-            |catalog| self.assign(catalog, config, request),
-            |catalog, assignment| self.lay_out(catalog, request, assignment),
-        )
-    }
-}
-
-impl FourBit {
-    fn scheme(&self, request: &Request) -> CodebookScheme {
-        let Granularity::Group(block_size) = self.takes().granularity(request) else {
-            unreachable!("blocks have a size")
-        };
-        CodebookScheme {
-            codebook: self.codebook,
-            block_size,
-            storage: request.storage.unwrap_or(Storage::U8),
-            double: request.double_quant,
-            quality: request.quality,
-        }
+    fn assign(&self, job: Job<'_>) -> Result<Assignment> {
+        self.takes().check(self.name, job.request)?;
+        let dense = Scheme::Codebook(self.scheme(job.request));
+        Assignment::new(job, schemes(dense, job.config))
     }
 
-    fn assign(
-        &self,
-        catalog: &Catalog,
-        config: Option<&Value>,
-        request: &Request,
-    ) -> Result<Assignment> {
-        self.takes().check(self.name, request)?;
-        let dense = Scheme::Codebook(self.scheme(request));
-        Assignment::new(catalog, config, request, schemes(dense, config))
-    }
-
-    fn lay_out(&self, catalog: &Catalog, request: &Request, assignment: Assignment) -> Plan {
+    fn lay_out(&self, job: Job<'_>, assignment: Assignment) -> Plan {
+        let Job { catalog, request, .. } = job;
         let CodebookScheme { codebook, block_size, storage, double, .. } = self.scheme(request);
         let mut plan = Plan::new(assignment, catalog.tensors().len() * 4);
         let bytes = |table: &[f32]| table.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>();
@@ -185,6 +150,21 @@ impl FourBit {
     }
 }
 
+impl FourBit {
+    fn scheme(&self, request: &Request) -> CodebookScheme {
+        let Granularity::Group(block_size) = self.takes().granularity(request) else {
+            unreachable!("blocks have a size")
+        };
+        CodebookScheme {
+            codebook: self.codebook,
+            block_size,
+            storage: request.storage.unwrap_or(Storage::U8),
+            double: request.double_quant,
+            quality: request.quality,
+        }
+    }
+}
+
 impl Format for Int8 {
     fn name(&self) -> &'static str {
         "bnb-int8"
@@ -202,38 +182,17 @@ impl Format for Int8 {
         const { &[TRANSFORMERS, by_layout("diffusers")] }
     }
 
-    fn plan(&self, catalog: &Catalog, config: Option<&Value>, request: &Request) -> Result<Plan> {
-        let assignment = self.assign(catalog, config, request)?;
-        Ok(Self::lay_out(catalog, assignment))
+    fn fused_experts(&self, config: Option<&Value>) -> Option<KeptExperts> {
+        fused_experts::in_transformers(config).filter(|kept| *kept == KeptExperts::Single)
     }
 
-    fn plan_in_parts(
-        &self,
-        catalog: &Catalog,
-        config: Option<&Value>,
-        request: &Request,
-    ) -> Result<(Plan, Option<Catalog>)> {
-        fused_experts::plan(
-            catalog,
-            fused_experts::in_transformers(config).filter(|kept| *kept == Kept::Single),
-            |catalog| self.assign(catalog, config, request),
-            Self::lay_out,
-        )
-    }
-}
-
-impl Int8 {
-    fn assign(
-        &self,
-        catalog: &Catalog,
-        config: Option<&Value>,
-        request: &Request,
-    ) -> Result<Assignment> {
-        self.takes().check(self.name(), request)?;
-        Assignment::new(catalog, config, request, schemes(Scheme::LlmInt8(LlmInt8Scheme), config))
+    fn assign(&self, job: Job<'_>) -> Result<Assignment> {
+        self.takes().check(self.name(), job.request)?;
+        let dense = Scheme::LlmInt8(LlmInt8Scheme);
+        Assignment::new(job, schemes(dense, job.config))
     }
 
-    fn lay_out(catalog: &Catalog, assignment: Assignment) -> Plan {
+    fn lay_out(&self, Job { catalog, .. }: Job<'_>, assignment: Assignment) -> Plan {
         let mut plan = Plan::new(assignment, catalog.tensors().len() * 3);
         for id in 0..catalog.tensors().len() {
             match plan.assignment[id] {
@@ -253,7 +212,7 @@ impl Int8 {
 
 /// Experts that the loader joins it can't join quantized; others are Linears like any.
 fn schemes(dense: Scheme, config: Option<&Value>) -> Schemes {
-    let is_linear = fused_experts::in_transformers(config) == Some(Kept::Single);
+    let is_linear = fused_experts::in_transformers(config) == Some(KeptExperts::Single);
     Schemes { dense, experts: is_linear.then_some(dense) }
 }
 

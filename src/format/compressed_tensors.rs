@@ -23,189 +23,129 @@
 use serde_json::{Value, json};
 
 use super::ct_config::{declare, group};
-use super::fused_experts::{self, Kept};
 use super::takes::{Grain, Takes};
-use super::{Format, Plan, Reader, by_layout, ran};
+use super::{Format, KeptExperts, Plan, Reader, by_layout, fused_experts, ran};
 use crate::dtype::Dtype;
 use crate::error::Result;
 use crate::quant::{Granularity, IntScheme, Packing, Scheme};
-use crate::recipe::{Assignment, Decision, Joined, Offer, Request, Schemes, is_expert};
+use crate::recipe::{Assignment, Decision, Job, Joined, Offer, Request, Schemes, is_expert};
 use crate::source::Catalog;
 
-/// `compressed-tensors`: pack-quantized, weight-only integers of 2 to 8 bits.
+/// One of the integer formats.
 #[derive(Debug)]
-pub(super) struct PackQuantized;
+pub(super) struct CtInt {
+    name: &'static str,
+    about: &'static str,
+    takes: Takes,
+    readers: &'static [Reader],
+    packing: Packing,
+}
+
+/// `compressed-tensors`: pack-quantized, weight-only integers of 2 to 8 bits.
+pub(super) static PACK_QUANTIZED: CtInt = CtInt {
+    name: "compressed-tensors",
+    about: "pack-quantized integers of 2 to 8 bits, weight-only, for transformers, vLLM and SGLang",
+    takes: Takes::new(&[4, 2, 3, 5, 6, 7, 8], Grain::Any(128), None),
+    readers: &[
+        ran(
+            "transformers",
+            "5.23 + compressed-tensors 0.20.0, 55 architectures at 4 bits; 2, 3, 8 bits, channel, \
+             asymmetric on some",
+        ),
+        ran(
+            "vLLM",
+            "0.32 (CPU, `scripts/vllm.sh`), 4 bits, group and channel, symmetric and asymmetric",
+        ),
+        by_layout("SGLang"),
+    ],
+    packing: Packing::Packed32,
+};
 
 /// `ct-int8`: int-quantized, 8-bit weights with 8-bit activations.
-#[derive(Debug)]
-pub(super) struct IntQuantized;
+pub(super) static INT_QUANTIZED: CtInt = CtInt {
+    name: "ct-int8",
+    about: "int-quantized W8A8: 8-bit weights per channel, 8-bit activations, for transformers and vLLM",
+    takes: Takes::new(&[8], Grain::Channel, Some(true)),
+    readers: &[
+        ran("transformers", "5.23 + compressed-tensors 0.20.0, a Llama, a Qwen3-MoE and a GPT-2"),
+        ran("vLLM", "0.32 (CPU, `scripts/vllm.sh`)"),
+    ],
+    packing: Packing::Int8,
+};
 
-impl Format for PackQuantized {
+impl Format for CtInt {
     fn name(&self) -> &'static str {
-        "compressed-tensors"
+        self.name
     }
 
     fn about(&self) -> &'static str {
-        "pack-quantized integers of 2 to 8 bits, weight-only, for transformers, vLLM and SGLang"
+        self.about
     }
 
     fn takes(&self) -> Takes {
-        Takes::new(&[4, 2, 3, 5, 6, 7, 8], Grain::Any(128), None)
+        self.takes
     }
 
     fn readers(&self) -> &'static [Reader] {
-        const {
-            &[
-                ran(
-                    "transformers",
-                    "5.23 + compressed-tensors 0.20.0, 55 architectures at 4 bits; 2, 3, 8 bits, channel, \
-                 asymmetric on some",
-                ),
-                ran(
-                    "vLLM",
-                    "0.32 (CPU, `scripts/vllm.sh`), 4 bits, group and channel, symmetric and asymmetric",
-                ),
-                by_layout("SGLang"),
-            ]
+        self.readers
+    }
+
+    fn fused_experts(&self, config: Option<&Value>) -> Option<KeptExperts> {
+        fused_experts::in_transformers(config)
+    }
+
+    fn assign(&self, job: Job<'_>) -> Result<Assignment> {
+        let Job { catalog, config, request } = job;
+        self.takes.check(self.name, request)?;
+        let offer = Offer::mixed(request, Joined::Projections, |request| {
+            let dense = self.scheme(request);
+            let is_linear = self.fused_experts(config) == Some(KeptExperts::Single);
+            let experts = if is_linear { dense } else { experts_scheme(catalog, dense) };
+            Schemes { dense: Scheme::Int(dense), experts: Some(Scheme::Int(experts)) }
+        });
+        Assignment::new(job, offer)
+    }
+
+    fn lay_out(&self, Job { catalog, request, .. }: Job<'_>, assignment: Assignment) -> Plan {
+        let mut plan = Plan::new(assignment, catalog.tensors().len() * 2);
+        for (id, tensor) in catalog.tensors().iter().enumerate() {
+            let Decision::Quantize(Scheme::Int(int)) = plan.assignment[id] else {
+                plan.keep(id);
+                continue;
+            };
+            let parts: &[&str] = match (int.packing, int.symmetric) {
+                (Packing::Packed32, true) => &["weight_packed", "weight_scale"],
+                (Packing::Packed32, false) => {
+                    &["weight_packed", "weight_scale", "weight_zero_point"]
+                }
+                (Packing::Int8, true) => &["weight", "weight_scale"],
+                (Packing::Int8, false) => &["weight", "weight_scale", "weight_zero_point"],
+            };
+            plan.encode(id, Scheme::Int(int), parts);
+            if int.packing == Packing::Packed32 {
+                let shape = [tensor.shape[0], tensor.shape[1]].map(u64::to_le_bytes);
+                plan.inline(id, "weight_shape", (Dtype::I64, &[2]), shape.as_flattened());
+            }
         }
-    }
-
-    fn plan(&self, catalog: &Catalog, config: Option<&Value>, request: &Request) -> Result<Plan> {
-        let assignment = assign(self, Self::scheme, catalog, config, request)?;
-        Ok(lay_out(Self::scheme, catalog, request, assignment))
-    }
-
-    fn plan_in_parts(
-        &self,
-        catalog: &Catalog,
-        config: Option<&Value>,
-        request: &Request,
-    ) -> Result<(Plan, Option<Catalog>)> {
-        fused_experts::plan(
-            catalog,
-            fused_experts::in_transformers(config),
-            |catalog| assign(self, Self::scheme, catalog, config, request),
-            |catalog, assignment| lay_out(Self::scheme, catalog, request, assignment),
-        )
+        let base = Scheme::Int(self.scheme(request));
+        declare(&mut plan, catalog, base, |scheme, target| match scheme {
+            Scheme::Int(int) => config_group(int, target),
+            _ => unreachable!("nothing else was offered"),
+        });
+        plan
     }
 }
 
-impl PackQuantized {
-    fn scheme(request: &Request) -> IntScheme {
+impl CtInt {
+    fn scheme(&self, request: &Request) -> IntScheme {
         IntScheme {
-            bits: Self.takes().bits(request),
-            granularity: Self.takes().granularity(request),
+            bits: self.takes.bits(request),
+            granularity: self.takes.granularity(request),
             symmetric: request.symmetric.unwrap_or(true),
-            packing: Packing::Packed32,
+            packing: self.packing,
             quality: request.quality,
         }
     }
-}
-
-impl Format for IntQuantized {
-    fn name(&self) -> &'static str {
-        "ct-int8"
-    }
-
-    fn about(&self) -> &'static str {
-        "int-quantized W8A8: 8-bit weights per channel, 8-bit activations, for transformers and vLLM"
-    }
-
-    fn takes(&self) -> Takes {
-        Takes::new(&[8], Grain::Channel, Some(true))
-    }
-
-    fn readers(&self) -> &'static [Reader] {
-        const {
-            &[
-                ran(
-                    "transformers",
-                    "5.23 + compressed-tensors 0.20.0, a Llama, a Qwen3-MoE and a GPT-2",
-                ),
-                ran("vLLM", "0.32 (CPU, `scripts/vllm.sh`)"),
-            ]
-        }
-    }
-
-    fn plan(&self, catalog: &Catalog, config: Option<&Value>, request: &Request) -> Result<Plan> {
-        let assignment = assign(self, Self::scheme, catalog, config, request)?;
-        Ok(lay_out(Self::scheme, catalog, request, assignment))
-    }
-
-    fn plan_in_parts(
-        &self,
-        catalog: &Catalog,
-        config: Option<&Value>,
-        request: &Request,
-    ) -> Result<(Plan, Option<Catalog>)> {
-        fused_experts::plan(
-            catalog,
-            fused_experts::in_transformers(config),
-            |catalog| assign(self, Self::scheme, catalog, config, request),
-            |catalog, assignment| lay_out(Self::scheme, catalog, request, assignment),
-        )
-    }
-}
-
-impl IntQuantized {
-    fn scheme(request: &Request) -> IntScheme {
-        IntScheme {
-            bits: 8,
-            granularity: Granularity::Channel,
-            symmetric: true,
-            packing: Packing::Int8,
-            quality: request.quality,
-        }
-    }
-}
-
-fn assign(
-    format: &dyn Format,
-    scheme: fn(&Request) -> IntScheme,
-    catalog: &Catalog,
-    config: Option<&Value>,
-    request: &Request,
-) -> Result<Assignment> {
-    format.takes().check(format.name(), request)?;
-    let offer = Offer::mixed(request, Joined::Projections, |request| {
-        let dense = scheme(request);
-        let is_linear = fused_experts::in_transformers(config) == Some(Kept::Single);
-        let experts = if is_linear { dense } else { experts_scheme(catalog, dense) };
-        Schemes { dense: Scheme::Int(dense), experts: Some(Scheme::Int(experts)) }
-    });
-    Assignment::new(catalog, config, request, offer)
-}
-
-fn lay_out(
-    scheme: fn(&Request) -> IntScheme,
-    catalog: &Catalog,
-    request: &Request,
-    assignment: Assignment,
-) -> Plan {
-    let mut plan = Plan::new(assignment, catalog.tensors().len() * 2);
-    for (id, tensor) in catalog.tensors().iter().enumerate() {
-        let Decision::Quantize(Scheme::Int(int)) = plan.assignment[id] else {
-            plan.keep(id);
-            continue;
-        };
-        let parts: &[&str] = match (int.packing, int.symmetric) {
-            (Packing::Packed32, true) => &["weight_packed", "weight_scale"],
-            (Packing::Packed32, false) => &["weight_packed", "weight_scale", "weight_zero_point"],
-            (Packing::Int8, true) => &["weight", "weight_scale"],
-            (Packing::Int8, false) => &["weight", "weight_scale", "weight_zero_point"],
-        };
-        plan.encode(id, Scheme::Int(int), parts);
-        if int.packing == Packing::Packed32 {
-            let shape = [tensor.shape[0], tensor.shape[1]].map(u64::to_le_bytes);
-            plan.inline(id, "weight_shape", (Dtype::I64, &[2]), shape.as_flattened());
-        }
-    }
-    let base = Scheme::Int(scheme(request));
-    declare(&mut plan, catalog, base, |scheme, target| match scheme {
-        Scheme::Int(int) => config_group(int, target),
-        _ => unreachable!("nothing else was offered"),
-    });
-    plan
 }
 
 /// How experts that are stored one by one are quantized. transformers joins them while it loads
@@ -272,7 +212,9 @@ mod tests {
         });
         let catalog = Catalog::new(tensors.into()).expect("names are unique");
         let request = Request { symmetric, ..Request::default() };
-        let plan = format.plan(&catalog, Some(&json!({})), &request).expect("it plans");
+        let config = json!({});
+        let job = Job { catalog: &catalog, config: Some(&config), request: &request };
+        let plan = format.plan(job).expect("it plans");
         assert_eq!(plan.weights.len(), 3, "no expert is kept");
         plan.config["quantization_config"].clone()
     }
@@ -304,11 +246,11 @@ mod tests {
             assert_eq!(group["targets"], json!([r"re:(?:.*\.)?experts\.\d+\..*"]));
         }
         let packed = "pack-quantized";
-        check(&PackQuantized, None, 256, None);
-        check(&PackQuantized, Some(false), 256, Some(json!([packed, packed, true, "group", 4])));
-        check(&PackQuantized, None, 96, Some(json!([packed, packed, true, "channel", 4])));
+        check(&PACK_QUANTIZED, None, 256, None);
+        check(&PACK_QUANTIZED, Some(false), 256, Some(json!([packed, packed, true, "group", 4])));
+        check(&PACK_QUANTIZED, None, 96, Some(json!([packed, packed, true, "channel", 4])));
         check(
-            &IntQuantized,
+            &INT_QUANTIZED,
             None,
             96,
             Some(json!(["mixed-precision", packed, true, "channel", 8])),

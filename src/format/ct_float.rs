@@ -27,15 +27,13 @@
 use serde_json::{Value, json};
 
 use super::ct_config::{declare, group};
-use super::fused_experts::{self, Kept};
 use super::takes::{Grain, Takes};
-use super::{Format, Plan, Reader, by_layout, ran};
+use super::{Format, KeptExperts, Plan, Reader, by_layout, fused_experts, ran};
 use crate::error::Result;
 use crate::quant::{
     Fp8Grain, Fp8Scale, Fp8Scheme, MicroDialect, MicroFloat, MicroScheme, Quality, Scheme,
 };
-use crate::recipe::{Assignment, Decision, Request, Schemes};
-use crate::source::Catalog;
+use crate::recipe::{Assignment, Decision, Job, Schemes};
 
 /// One of the float formats.
 #[derive(Debug)]
@@ -208,49 +206,21 @@ impl Format for CtFloat {
         self.readers
     }
 
-    fn plan(&self, catalog: &Catalog, config: Option<&Value>, request: &Request) -> Result<Plan> {
-        let assignment = self.assign(catalog, config, request)?;
-        Ok(self.lay_out(catalog, request, assignment))
+    fn fused_experts(&self, config: Option<&Value>) -> Option<KeptExperts> {
+        let is_read = |_: &KeptExperts| self.experts(config).is_some();
+        fused_experts::in_transformers(config).filter(is_read)
     }
 
-    fn plan_in_parts(
-        &self,
-        catalog: &Catalog,
-        config: Option<&Value>,
-        request: &Request,
-    ) -> Result<(Plan, Option<Catalog>)> {
-        let is_read = |_: &Kept| self.experts(config).is_some();
-        fused_experts::plan(
-            catalog,
-            fused_experts::in_transformers(config).filter(is_read),
-            |catalog| self.assign(catalog, config, request),
-            |catalog, assignment| self.lay_out(catalog, request, assignment),
-        )
-    }
-}
-
-impl CtFloat {
-    /// How experts of a model are written.
-    fn experts(&self, config: Option<&Value>) -> Option<&Self> {
-        match fused_experts::in_transformers(config) {
-            Some(Kept::Single) => Some(self),
-            _ => self.experts,
-        }
-    }
-
-    fn assign(
-        &self,
-        catalog: &Catalog,
-        config: Option<&Value>,
-        request: &Request,
-    ) -> Result<Assignment> {
+    fn assign(&self, job: Job<'_>) -> Result<Assignment> {
+        let Job { config, request, .. } = job;
         self.takes.check(self.name, request)?;
         let dense = (self.scheme)(request.quality);
         let experts = self.experts(config).map(|format| (format.scheme)(request.quality));
-        Assignment::new(catalog, config, request, Schemes { dense, experts })
+        Assignment::new(job, Schemes { dense, experts })
     }
 
-    fn lay_out(&self, catalog: &Catalog, request: &Request, assignment: Assignment) -> Plan {
+    fn lay_out(&self, job: Job<'_>, assignment: Assignment) -> Plan {
+        let Job { catalog, request, .. } = job;
         let dense = (self.scheme)(request.quality);
         let mut plan = Plan::new(assignment, catalog.tensors().len() * 2);
         for id in 0..catalog.tensors().len() {
@@ -273,6 +243,16 @@ impl CtFloat {
         });
         plan
     }
+}
+
+impl CtFloat {
+    /// How experts of a model are written.
+    fn experts(&self, config: Option<&Value>) -> Option<&Self> {
+        match fused_experts::in_transformers(config) {
+            Some(KeptExperts::Single) => Some(self),
+            _ => self.experts,
+        }
+    }
 
     /// What the config says of modules in this format.
     fn group(&self, target: String) -> Value {
@@ -293,7 +273,8 @@ impl CtFloat {
 mod tests {
     use super::*;
     use crate::dtype::Dtype;
-    use crate::source::{Decoder, Extent, Tensor};
+    use crate::recipe::Request;
+    use crate::source::{Catalog, Decoder, Extent, Tensor};
 
     #[track_caller]
     fn check(format: &CtFloat, expected: &[&[&str]]) {
@@ -317,7 +298,9 @@ mod tests {
         };
         let catalog = Catalog::new(names.map(tensor).into()).expect("names are unique");
         let request = Request { format: format.name.to_owned(), ..Request::default() };
-        let plan = format.plan(&catalog, Some(&json!({})), &request).expect("it plans");
+        let config = json!({});
+        let job = Job { catalog: &catalog, config: Some(&config), request: &request };
+        let plan = format.plan(job).expect("it plans");
         let name = |id: &usize| names[*id];
         let surveys: Vec<Vec<&str>> =
             plan.surveys.iter().map(|ids| ids.iter().map(name).collect()).collect();

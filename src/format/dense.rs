@@ -12,8 +12,8 @@ use serde_json::{Map, Value};
 use super::{Format, Grain, Plan, Reader, Takes, Weight, by_layout, ran};
 use crate::error::{self, Result};
 use crate::quant::Real;
-use crate::recipe::{Assignment, Request};
-use crate::source::{Catalog, Edit};
+use crate::recipe::{Assignment, Job, Request};
+use crate::source::Edit;
 
 /// `dense`: nothing is shown as codes.
 #[derive(Debug)]
@@ -49,11 +49,15 @@ impl Format for Dense {
         }
     }
 
-    fn plan(&self, catalog: &Catalog, config: Option<&Value>, request: &Request) -> Result<Plan> {
-        let quantized = match &request.simulate {
-            None => None,
-            Some(format) => Some(simulated(format, catalog, config, request)?),
-        };
+    fn assign(&self, job: Job<'_>) -> Result<Assignment> {
+        let Job { catalog, request, .. } = job;
+        if let Some(format) = &request.simulate {
+            if format == "dense" {
+                return Err(error::invalid("dense has no error that --simulate could show"));
+            }
+            let request = &simulated(format, request);
+            return super::find(format)?.assign(Job { request, ..job });
+        }
         let given = [
             ("bits", request.bits.is_some()),
             ("group size", request.granularity.is_some()),
@@ -63,16 +67,24 @@ impl Format for Dense {
             ("double quantization", request.double_quant),
             ("--set", !request.set.is_empty()),
         ];
-        if quantized.is_none()
-            && let Some((what, _)) = given.into_iter().find(|(_, given)| *given)
-        {
-            return Err(error::invalid(format!(
+        match given.into_iter().find(|(_, given)| *given) {
+            None => Ok(Assignment::keep_all(catalog, "format dense")),
+            Some((what, _)) => Err(error::invalid(format!(
                 "dense takes no {what} but to --simulate another format"
-            )));
+            ))),
         }
-        let (assignment, weights, surveys) = match quantized {
-            Some(Plan { assignment, weights, surveys, .. }) => (assignment, weights, surveys),
-            None => (Assignment::keep_all(catalog, "format dense"), Vec::new(), Vec::new()),
+    }
+
+    fn lay_out(&self, job: Job<'_>, assignment: Assignment) -> Plan {
+        let Job { catalog, config, request } = job;
+        let (assignment, weights, surveys) = match &request.simulate {
+            None => (assignment, Vec::new(), Vec::new()),
+            Some(format) => {
+                let request = &simulated(format, request);
+                let format = super::find(format).expect("found for the assignment");
+                let quantized = format.lay_out(Job { request, ..job }, assignment);
+                (quantized.assignment, quantized.weights, quantized.surveys)
+            }
         };
         let mut plan = Plan::new(assignment, catalog.tensors().len());
         plan.surveys = surveys;
@@ -92,23 +104,13 @@ impl Format for Dense {
         if let Some(to) = request.dtype {
             declare(&mut plan, config, to);
         }
-        Ok(plan)
+        plan
     }
 }
 
-/// What another format makes of the checkpoint.
-fn simulated(
-    format: &str,
-    catalog: &Catalog,
-    config: Option<&Value>,
-    request: &Request,
-) -> Result<Plan> {
-    if format == "dense" {
-        return Err(error::invalid("dense has no error that --simulate could show"));
-    }
-    let inner =
-        Request { format: format.to_owned(), simulate: None, dtype: None, ..request.clone() };
-    super::find(format)?.plan(catalog, config, &inner)
+/// What is asked of the format that is simulated.
+fn simulated(format: &str, request: &Request) -> Request {
+    Request { format: format.to_owned(), simulate: None, dtype: None, ..request.clone() }
 }
 
 /// Names the element type in the config, wherever the source's config has one.

@@ -11,14 +11,13 @@
 //!
 //! Upstream: `integrations/finegrained_fp8.py` of transformers 5.23.
 
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::takes::{Grain, Takes};
 use super::{Format, Plan, Reader, by_layout, ran, skip};
 use crate::error::Result;
 use crate::quant::{Fp8Grain, Fp8Scale, Fp8Scheme, Scheme};
-use crate::recipe::{Assignment, Decision, Request, ScaleFormat};
-use crate::source::Catalog;
+use crate::recipe::{Assignment, Decision, Job, Request, ScaleFormat};
 
 /// `fp8-block`: one scale per block of 128 x 128.
 #[derive(Debug)]
@@ -48,15 +47,17 @@ impl Format for Fp8Block {
         }
     }
 
-    fn plan(&self, catalog: &Catalog, config: Option<&Value>, request: &Request) -> Result<Plan> {
-        self.takes().check(self.name(), request)?;
-        let (scale, scale_fmt) = match request.scale_format {
-            None | Some(ScaleFormat::F32) => (Fp8Scale::Inverse, "float"),
-            Some(ScaleFormat::Ue8m0) => (Fp8Scale::Power, "ue8m0"),
-        };
-        let (grain, quality) = (Fp8Grain::Block(128), request.quality);
+    fn assign(&self, job: Job<'_>) -> Result<Assignment> {
+        self.takes().check(self.name(), job.request)?;
+        let (scale, _) = scales(job.request);
+        let (grain, quality) = (Fp8Grain::Block(128), job.request.quality);
         let scheme = Scheme::Fp8(Fp8Scheme { grain, scale, whole_blocks: true, quality });
-        let assignment = Assignment::new(catalog, config, request, scheme)?;
+        Assignment::new(job, scheme)
+    }
+
+    fn lay_out(&self, job: Job<'_>, assignment: Assignment) -> Plan {
+        let Job { catalog, request, .. } = job;
+        let (_, scale_fmt) = scales(request);
         let mut plan = Plan::new(assignment, catalog.tensors().len() * 2);
         for id in 0..catalog.tensors().len() {
             match plan.assignment[id] {
@@ -74,6 +75,14 @@ impl Format for Fp8Block {
             "modules_to_not_convert": skip::modules(&plan, catalog),
         });
         plan.declare("quantization_config", declared);
-        Ok(plan)
+        plan
+    }
+}
+
+/// How scales are stored, and what that is called.
+fn scales(request: &Request) -> (Fp8Scale, &'static str) {
+    match request.scale_format {
+        None | Some(ScaleFormat::F32) => (Fp8Scale::Inverse, "float"),
+        Some(ScaleFormat::Ue8m0) => (Fp8Scale::Power, "ue8m0"),
     }
 }

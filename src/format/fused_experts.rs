@@ -19,9 +19,9 @@ use std::collections::HashMap;
 
 use serde_json::Value;
 
-use super::Plan;
+use super::{Format, Plan};
 use crate::error::Result;
-use crate::recipe::{Assignment, Decision, module_of};
+use crate::recipe::{Assignment, Decision, Job, module_of};
 use crate::source::{Catalog, Matrices, Order, Tensor, TensorId};
 
 /// Types of models whose loader joins experts that are stored one by one: `experts.*.gate_proj.weight`
@@ -55,10 +55,10 @@ const JOINED: &[&str] = &[
 
 /// How transformers reads the experts of a model if not fused: those that they join, or Llama-4's, which are
 /// Linears to them where the checkpoint is quantized. (`quantizers/base.py` of transformers 5.23.)
-pub(super) fn in_transformers(config: Option<&Value>) -> Option<Kept> {
+pub(super) fn in_transformers(config: Option<&Value>) -> Option<KeptExperts> {
     match config?.get("model_type")?.as_str()? {
-        "llama4" | "llama4_text" => Some(Kept::Single),
-        kind => JOINED.contains(&kind).then_some(Kept::Fused),
+        "llama4" | "llama4_text" => Some(KeptExperts::Single),
+        kind => JOINED.contains(&kind).then_some(KeptExperts::Fused),
     }
 }
 
@@ -75,32 +75,31 @@ struct Split {
 /// How loaders of a format that takes experts one by one, or joined from such, take a mixture of which
 /// something is kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Kept {
+pub enum KeptExperts {
     /// As it is stored.
     Fused,
     /// One by one all the same.
     Single,
 }
 
-/// What [`Format::plan_in_parts`](super::Format::plan_in_parts) returns of a format that shows fused
-/// experts one by one, or joins them again. `kept` is `None` where its loaders take none of these.
+/// [`Format::plan_in_parts`]: of a format that shows fused experts one by one, or joins them again.
 ///
 /// # Errors
-/// What `assign` complains of.
-pub(super) fn plan(
-    stored: &Catalog,
-    kept: Option<Kept>,
-    assign: impl Fn(&Catalog) -> Result<Assignment>,
-    lay_out: impl Fn(&Catalog, Assignment) -> Plan,
+/// What the format's `assign` complains of.
+pub(super) fn plan<F: Format + ?Sized>(
+    format: &F,
+    job: Job<'_>,
 ) -> Result<(Plan, Option<Catalog>)> {
-    let Some(split) = kept.and_then(|_| split(stored)) else {
-        return Ok((lay_out(stored, assign(stored)?), None));
+    let kept = format.fused_experts(job.config);
+    let Some(split) = kept.and_then(|_| split(job.catalog)) else {
+        return Ok((format.plan(job)?, None));
     };
+    let assign = |catalog| format.assign(Job { catalog, ..job });
     let assignment = assign(&split.catalog)?;
     let is_quantized = |id| matches!(assignment[id], Decision::Quantize(_));
     let is_plain = !(0..split.origins.len()).any(is_quantized);
-    let rejoined = if kept == Some(Kept::Fused) || is_plain {
-        split.rejoined(stored, &assignment)
+    let rejoined = if kept == Some(KeptExperts::Fused) || is_plain {
+        split.rejoined(job.catalog, &assignment)
     } else {
         None
     };
@@ -111,7 +110,8 @@ pub(super) fn plan(
             (catalog, rejoined)
         }
     };
-    Ok((lay_out(&catalog, assignment), Some(catalog)))
+    let plan = format.lay_out(Job { catalog: &catalog, ..job }, assignment);
+    Ok((plan, Some(catalog)))
 }
 
 /// A catalog's tensors with its fused experts one by one; `None` where it has none.

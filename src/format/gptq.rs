@@ -24,7 +24,7 @@ use super::{Format, Grain, Plan, Reader, Takes, by_layout, ran};
 use crate::dtype::Dtype;
 use crate::error::Result;
 use crate::quant::{Granularity, Scheme, TransposedOrder, TransposedScheme};
-use crate::recipe::{Assignment, Decision, Request, module_of};
+use crate::recipe::{Assignment, Decision, Job, Request, module_of};
 use crate::source::Catalog;
 
 /// One of the versions.
@@ -84,17 +84,14 @@ impl Format for Gptq {
         self.readers
     }
 
-    fn plan(&self, catalog: &Catalog, config: Option<&Value>, request: &Request) -> Result<Plan> {
-        let takes = self.takes();
-        takes.check(self.name, request)?;
-        let scheme = TransposedScheme {
-            bits: takes.bits(request),
-            granularity: takes.granularity(request),
-            symmetric: request.symmetric.unwrap_or(true),
-            order: self.order,
-            quality: request.quality,
-        };
-        let assignment = Assignment::new(catalog, config, request, Scheme::Transposed(scheme))?;
+    fn assign(&self, job: Job<'_>) -> Result<Assignment> {
+        self.takes().check(self.name, job.request)?;
+        Assignment::new(job, Scheme::Transposed(self.scheme(job.request)))
+    }
+
+    fn lay_out(&self, job: Job<'_>, assignment: Assignment) -> Plan {
+        let Job { catalog, request, .. } = job;
+        let scheme = self.scheme(request);
         let mut plan = Plan::new(assignment, catalog.tensors().len() * 4);
         for (id, tensor) in catalog.tensors().iter().enumerate() {
             let Decision::Quantize(scheme) = plan.assignment[id] else {
@@ -130,7 +127,20 @@ impl Format for Gptq {
             declared["modules_in_block_to_quantize"] = modules;
         }
         plan.declare("quantization_config", declared);
-        Ok(plan)
+        plan
+    }
+}
+
+impl Gptq {
+    fn scheme(&self, request: &Request) -> TransposedScheme {
+        let takes = self.takes();
+        TransposedScheme {
+            bits: takes.bits(request),
+            granularity: takes.granularity(request),
+            symmetric: request.symmetric.unwrap_or(true),
+            order: self.order,
+            quality: request.quality,
+        }
     }
 }
 
@@ -217,7 +227,8 @@ mod tests {
         let granularity = Some(Granularity::Group(32));
         let request = Request { granularity, ..request.clone() };
         let format = format::find(&request.format).expect("there");
-        let plan = format.plan(&catalog, Some(&config), &request).expect("planned");
+        let job = Job { catalog: &catalog, config: Some(&config), request: &request };
+        let plan = format.plan(job).expect("planned");
         plan.config["quantization_config"].clone()
     }
 

@@ -24,15 +24,13 @@ use std::collections::HashMap;
 
 use serde_json::{Value, json};
 
-use super::fused_experts::{self, Kept};
 use super::takes::{Grain, Takes};
-use super::{Format, Plan, Reader, mlx_mixtures, ran};
+use super::{Format, KeptExperts, Plan, Reader, mlx_mixtures, ran};
 use crate::error::Result;
 use crate::quant::{
     AffineScheme, Granularity, MicroDialect, MicroFloat, MicroScheme, Quality, Scheme,
 };
-use crate::recipe::{Assignment, Decision, Joined, Offer, Request, Schemes, module_of};
-use crate::source::Catalog;
+use crate::recipe::{Assignment, Decision, Job, Joined, Offer, Request, Schemes, module_of};
 
 /// One of MLX's modes of quantization.
 #[derive(Debug)]
@@ -108,46 +106,12 @@ impl Format for Mlx {
         }
     }
 
-    fn plan(&self, catalog: &Catalog, config: Option<&Value>, request: &Request) -> Result<Plan> {
-        let assignment = self.assign(catalog, config, request)?;
-        Ok(self.lay_out(catalog, config, request, assignment))
+    fn fused_experts(&self, config: Option<&Value>) -> Option<KeptExperts> {
+        mlx_mixtures::joint(config).map(|_| KeptExperts::Fused)
     }
 
-    fn plan_in_parts(
-        &self,
-        catalog: &Catalog,
-        config: Option<&Value>,
-        request: &Request,
-    ) -> Result<(Plan, Option<Catalog>)> {
-        fused_experts::plan(
-            catalog,
-            mlx_mixtures::joint(config).map(|_| Kept::Fused),
-            |catalog| self.assign(catalog, config, request),
-            |catalog, assignment| self.lay_out(catalog, config, request, assignment),
-        )
-    }
-}
-
-impl Mlx {
-    /// Bits and group size.
-    fn numbers(&self, request: &Request) -> (u8, u32) {
-        match self.takes.granularity(request) {
-            Granularity::Group(size) => (self.takes.bits(request), size),
-            Granularity::Channel => unreachable!("MLX has groups"),
-        }
-    }
-
-    fn scheme(&self, request: &Request) -> Scheme {
-        let (bits, group_size) = self.numbers(request);
-        (self.scheme)(bits, group_size, request.quality)
-    }
-
-    fn assign(
-        &self,
-        catalog: &Catalog,
-        config: Option<&Value>,
-        request: &Request,
-    ) -> Result<Assignment> {
+    fn assign(&self, job: Job<'_>) -> Result<Assignment> {
+        let Job { catalog, config, request } = job;
         self.takes.check(self.name, request)?;
         let joins_experts = mlx_mixtures::stacks(catalog, config).is_some();
         let mut offer = Offer::mixed(request, Joined::Stacks, |request| {
@@ -158,16 +122,11 @@ impl Mlx {
         if mlx_mixtures::splits_kv_b(config) && !is_affine {
             offer = offer.sparing(".kv_b_proj", "split by the loader");
         }
-        Assignment::with_ends(catalog, config, request, offer)
+        Assignment::with_ends(job, offer)
     }
 
-    fn lay_out(
-        &self,
-        catalog: &Catalog,
-        config: Option<&Value>,
-        request: &Request,
-        assignment: Assignment,
-    ) -> Plan {
+    fn lay_out(&self, job: Job<'_>, assignment: Assignment) -> Plan {
+        let Job { catalog, config, request } = job;
         let stacks = mlx_mixtures::stacks(catalog, config);
         let mut plan = Plan::new(assignment, catalog.tensors().len() * 3);
         plan.framework = "mlx";
@@ -208,5 +167,20 @@ impl Mlx {
         plan.declare("quantization", declared.clone());
         plan.declare("quantization_config", declared);
         plan
+    }
+}
+
+impl Mlx {
+    /// Bits and group size.
+    fn numbers(&self, request: &Request) -> (u8, u32) {
+        match self.takes.granularity(request) {
+            Granularity::Group(size) => (self.takes.bits(request), size),
+            Granularity::Channel => unreachable!("MLX has groups"),
+        }
+    }
+
+    fn scheme(&self, request: &Request) -> Scheme {
+        let (bits, group_size) = self.numbers(request);
+        (self.scheme)(bits, group_size, request.quality)
     }
 }

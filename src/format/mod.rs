@@ -29,8 +29,9 @@ use serde_json::{Map, Value};
 use crate::dtype::{self, Dtype};
 use crate::error::{self, Result};
 use crate::quant::{CastScheme, Grid, Isa, Part, Real, Scheme, Survey, Tile};
-use crate::recipe::{Assignment, Request, fused_group, module_of};
+use crate::recipe::{Assignment, Job, fused_group, module_of};
 use crate::source::{Catalog, Edit, Tensor, TensorId};
+pub use fused_experts::KeptExperts;
 pub use takes::{Grain, Takes, ranges};
 
 /// One way of writing down a quantized checkpoint.
@@ -47,25 +48,36 @@ pub trait Format: Debug + Sync {
     /// The loaders that read it, and how that is known.
     fn readers(&self) -> &'static [Reader];
 
-    /// What every shard shows of a checkpoint, given its catalog and the value of its
-    /// `config.json`, if it has one.
+    /// What happens to every tensor.
     ///
     /// # Errors
-    /// `Invalid` for a request that the format can't express.
-    fn plan(&self, catalog: &Catalog, config: Option<&Value>, request: &Request) -> Result<Plan>;
+    /// `Invalid` for a request that the format can't express, `Unsupported` for a model that it can't.
+    fn assign(&self, job: Job<'_>) -> Result<Assignment>;
+
+    /// What every shard shows, given what [`assign`](Self::assign) made of the same job.
+    fn lay_out(&self, job: Job<'_>, assignment: Assignment) -> Plan;
+
+    /// How the format's loaders take a mixture whose experts are stored fused, given the value of the
+    /// model's `config.json`; `None` where they take no codes of such.
+    fn fused_experts(&self, _config: Option<&Value>) -> Option<KeptExperts> {
+        None
+    }
+
+    /// What every shard shows of a checkpoint.
+    ///
+    /// # Errors
+    /// As [`assign`](Self::assign).
+    fn plan(&self, job: Job<'_>) -> Result<Plan> {
+        Ok(self.lay_out(job, self.assign(job)?))
+    }
 
     /// As [`plan`](Self::plan), for a view that can show parts of a stored tensor as tensors: the plan,
     /// and the catalog that it is of, where that isn't the one given.
     ///
     /// # Errors
-    /// As [`plan`](Self::plan).
-    fn plan_in_parts(
-        &self,
-        catalog: &Catalog,
-        config: Option<&Value>,
-        request: &Request,
-    ) -> Result<(Plan, Option<Catalog>)> {
-        Ok((self.plan(catalog, config, request)?, None))
+    /// As [`assign`](Self::assign).
+    fn plan_in_parts(&self, job: Job<'_>) -> Result<(Plan, Option<Catalog>)> {
+        fused_experts::plan(self, job)
     }
 }
 
@@ -92,8 +104,8 @@ const fn by_layout(loader: &'static str) -> Reader {
 /// Every format, in the order in which they are listed to users.
 pub static FORMATS: &[&dyn Format] = &[
     &dense::Dense,
-    &compressed_tensors::PackQuantized,
-    &compressed_tensors::IntQuantized,
+    &compressed_tensors::PACK_QUANTIZED,
+    &compressed_tensors::INT_QUANTIZED,
     &ct_float::FP8,
     &ct_float::FP8_TENSOR,
     &ct_float::FP8_BLOCK,

@@ -12,13 +12,12 @@
 //!
 //! Upstream: `integrations/mxfp4.py` of transformers 5.23.
 
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::{Format, Grain, Plan, Reader, Takes, by_layout, ran};
 use crate::error::{self, Result};
 use crate::quant::{ExpertsScheme, Scheme};
-use crate::recipe::{Assignment, Decision, Request, module_of};
-use crate::source::Catalog;
+use crate::recipe::{Assignment, Decision, Job, module_of};
 
 /// `mxfp4`.
 #[derive(Debug)]
@@ -46,7 +45,8 @@ impl Format for Mxfp4 {
         }
     }
 
-    fn plan(&self, catalog: &Catalog, config: Option<&Value>, request: &Request) -> Result<Plan> {
+    fn assign(&self, job: Job<'_>) -> Result<Assignment> {
+        let Job { config, request, .. } = job;
         self.takes().check(self.name(), request)?;
         let model_type = config.and_then(|config| config.get("model_type")?.as_str());
         if model_type != Some("gpt_oss") {
@@ -57,7 +57,10 @@ impl Format for Mxfp4 {
             )));
         }
         let scheme = Scheme::Experts(ExpertsScheme { quality: request.quality });
-        let assignment = Assignment::of_fused_experts(catalog, config, request, scheme)?;
+        Assignment::of_fused_experts(job, scheme)
+    }
+
+    fn lay_out(&self, Job { catalog, .. }: Job<'_>, assignment: Assignment) -> Plan {
         let mut plan = Plan::new(assignment, catalog.tensors().len() * 2);
         for id in 0..catalog.tensors().len() {
             match plan.assignment[id] {
@@ -85,6 +88,6 @@ impl Format for Mxfp4 {
         }
         let value = json!({ "quant_method": "mxfp4", "modules_to_not_convert": kept });
         plan.declare("quantization_config", value);
-        Ok(plan)
+        plan
     }
 }

@@ -153,6 +153,17 @@ impl<T: Into<Schemes>> From<T> for Offer {
     }
 }
 
+/// A checkpoint, and what is asked of it.
+#[derive(Clone, Copy, Debug)]
+pub struct Job<'a> {
+    /// Its tensors.
+    pub catalog: &'a Catalog,
+    /// The value of its `config.json`, if it has one.
+    pub config: Option<&'a Value>,
+    /// What is asked.
+    pub request: &'a Request,
+}
+
 /// A decision for every tensor of a catalog, with its reason.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Assignment {
@@ -170,13 +181,8 @@ impl Assignment {
     ///
     /// # Errors
     /// `Invalid` for a malformed pattern and for overrides where the format has one scheme.
-    pub fn new(
-        catalog: &Catalog,
-        config: Option<&Value>,
-        request: &Request,
-        offer: impl Into<Offer>,
-    ) -> Result<Self> {
-        Self::decide(catalog, config, request, &offer.into(), Ends::Keep)
+    pub fn new(job: Job<'_>, offer: impl Into<Offer>) -> Result<Self> {
+        Self::decide(job, &offer.into(), Ends::Keep)
     }
 
     /// As [`new`](Self::new), for a loader that takes token embeddings and the output head
@@ -184,36 +190,22 @@ impl Assignment {
     ///
     /// # Errors
     /// As [`new`](Self::new).
-    pub fn with_ends(
-        catalog: &Catalog,
-        config: Option<&Value>,
-        request: &Request,
-        offer: impl Into<Offer>,
-    ) -> Result<Self> {
-        let ends = if is_untied(config) { Ends::QuantizeBoth } else { Ends::QuantizeEmbedding };
-        Self::decide(catalog, config, request, &offer.into(), ends)
+    pub fn with_ends(job: Job<'_>, offer: impl Into<Offer>) -> Result<Self> {
+        let is_untied = is_untied(job.config);
+        let ends = if is_untied { Ends::QuantizeBoth } else { Ends::QuantizeEmbedding };
+        Self::decide(job, &offer.into(), ends)
     }
 
     /// As [`new`](Self::new), for a format that takes experts stored as one tensor, and nothing else.
     ///
     /// # Errors
     /// As [`new`](Self::new).
-    pub fn of_fused_experts(
-        catalog: &Catalog,
-        config: Option<&Value>,
-        request: &Request,
-        offer: impl Into<Offer>,
-    ) -> Result<Self> {
-        Self::decide(catalog, config, request, &offer.into(), Ends::FusedExpertsAlone)
+    pub fn of_fused_experts(job: Job<'_>, offer: impl Into<Offer>) -> Result<Self> {
+        Self::decide(job, &offer.into(), Ends::FusedExpertsAlone)
     }
 
-    fn decide(
-        catalog: &Catalog,
-        config: Option<&Value>,
-        request: &Request,
-        offer: &Offer,
-        ends: Ends,
-    ) -> Result<Self> {
+    fn decide(job: Job<'_>, offer: &Offer, ends: Ends) -> Result<Self> {
+        let Job { catalog, config, request } = job;
         let sets_bits = |set: &&Override| set.to != Setting::Keep;
         if let (Some(set), true) = (request.set.iter().find(sets_bits), offer.overrides.is_empty())
         {

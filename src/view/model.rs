@@ -17,7 +17,7 @@ use super::{Budget, Counters};
 use crate::error::Result;
 use crate::format::{Content, Format, Item, Plan, Weight, json_with};
 use crate::quant::{self, Grid, Importance, Isa, Reals, Survey, Tile};
-use crate::recipe::Request;
+use crate::recipe::{Job, Request};
 use crate::source::{
     Checkpoint, Edit, ImportanceFile, SourceFiles, Tensor, TensorId, Window, edited, edited_within,
 };
@@ -58,7 +58,8 @@ impl Model {
         first_weight: u32,
     ) -> Result<Self> {
         let config = checkpoint.config().map(|config| &config.value);
-        let (mut plan, catalog) = format.plan_in_parts(checkpoint.catalog(), config, request)?;
+        let job = Job { catalog: checkpoint.catalog(), config, request };
+        let (mut plan, catalog) = format.plan_in_parts(job)?;
         if let Some(catalog) = catalog {
             checkpoint.set_catalog(catalog);
         }

@@ -262,7 +262,7 @@ impl Dtypes {
 mod tests {
     use super::*;
     use crate::format::{self, Inline};
-    use crate::recipe::Request;
+    use crate::recipe::{Job, Request};
     use crate::source::{Decoder, Extent, Tensor};
 
     /// Tensors of odd sizes, shown as they are but for the last, which is metadata.
@@ -285,10 +285,10 @@ mod tests {
             operands: vec![Extent { shard: 0, start: 0, len: 0 }],
         };
         let catalog = Catalog::new(tensors.map(tensor).into()).expect("eight names");
-        let config = None;
         let request = Request { format: "dense".to_owned(), ..Request::default() };
         let dense = format::find("dense").expect("there");
-        let mut plan = dense.plan(&catalog, config, &request).expect("planned");
+        let job = Job { catalog: &catalog, config: None, request: &request };
+        let mut plan = dense.plan(job).expect("planned");
         let inline = Inline { dtype: Dtype::I64, shape: [2].into(), bytes: [0; 16].into() };
         plan.items[7].content = Content::Inline(inline.into());
         let ids: Vec<u32> = (0..8).collect();
