@@ -6,6 +6,10 @@ use super::tile::{Element, widen};
 /// Weights that are coded together. Groups are whole chunks.
 pub(super) const CHUNK: usize = 32;
 
+/// Weights that go through a step together: so few that they stay in the first-level cache, with the
+/// row that is fetched meanwhile.
+const BLOCK: usize = 16 * CHUNK;
+
 /// The memory for finding a row's codes chunk by chunk, each with something of its group's.
 #[derive(Debug)]
 pub(super) struct Chunks<P> {
@@ -13,18 +17,18 @@ pub(super) struct Chunks<P> {
     len: usize,
     /// Of each chunk, where a group has several.
     params: Vec<P>,
-    /// The row's values, where the compiler can't widen a chunk and code it at once.
-    values: Vec<f32>,
+    /// Of a block, where the compiler can't widen a chunk and code it at once.
+    values: [f32; BLOCK],
     /// In lanes as wide as those that they are found in: those of a chunk would be narrowed one by
     /// one.
-    codes: Vec<u32>,
+    codes: [u32; BLOCK],
 }
 
 impl<P: Copy + Default> Chunks<P> {
     /// For groups of `len` weights, a multiple of `CHUNK`, in rows of `cols`.
     pub(super) fn new(len: usize, cols: usize) -> Self {
         let params = vec![P::default(); if len == CHUNK { 0 } else { cols / CHUNK }];
-        Self { len, params, values: vec![0.0; cols], codes: vec![0; cols] }
+        Self { len, params, values: [0.0; BLOCK], codes: [0; BLOCK] }
     }
 
     /// Writes `code(weight, of_its_group)` for each weight of a row, and fetches the next one into the
@@ -45,22 +49,30 @@ impl<P: Copy + Default> Chunks<P> {
             }
             &self.params
         };
-        let codes = self.codes.as_chunks_mut::<CHUNK>().0.iter_mut().zip(params);
-        let codes = codes.zip(next.as_chunks::<CHUNK>().0);
-        if E::WIDENS_AT_ONCE {
-            for (((codes, param), next), chunk) in codes.zip(row.as_chunks::<CHUNK>().0) {
-                prefetch(next);
-                *codes = map(chunk, |raw| code(E::widen(raw), *param).into());
+        let rows = row.chunks(BLOCK).zip(next.chunks(BLOCK)).zip(out.chunks_mut(BLOCK));
+        for (((row, next), out), params) in rows.zip(params.chunks(BLOCK / CHUNK)) {
+            let codes = self.codes.as_chunks_mut::<CHUNK>().0.iter_mut().zip(params);
+            let codes = codes.zip(next.as_chunks::<CHUNK>().0);
+            if E::WIDENS_AT_ONCE {
+                for (((codes, param), next), chunk) in codes.zip(row.as_chunks::<CHUNK>().0) {
+                    prefetch(next);
+                    for (out, &raw) in codes.iter_mut().zip(chunk) {
+                        *out = code(E::widen(raw), *param).into();
+                    }
+                }
+            } else {
+                widen::<E>(row, &mut self.values);
+                let chunks = self.values.as_chunks::<CHUNK>().0;
+                for (((codes, param), next), chunk) in codes.zip(chunks) {
+                    prefetch(next);
+                    for (out, &x) in codes.iter_mut().zip(chunk) {
+                        *out = code(x, *param).into();
+                    }
+                }
             }
-        } else {
-            widen::<E>(row, &mut self.values);
-            for (((codes, param), next), chunk) in codes.zip(self.values.as_chunks::<CHUNK>().0) {
-                prefetch(next);
-                *codes = map(chunk, |x| code(x, *param).into());
+            for (code, out) in self.codes.iter().zip(out) {
+                *out = *code as u8;
             }
-        }
-        for (code, out) in self.codes.iter().zip(out) {
-            *out = *code as u8;
         }
     }
 }
@@ -80,15 +92,4 @@ impl<'a, R> Rows<'a, R> {
         let next = source.get((r + 1) * stride..).and_then(|rest| rest.get(..cols));
         Self { row, next: next.unwrap_or(row) }
     }
-}
-
-/// As the method of arrays, which compilers may leave a call of code without a kernel's
-/// instructions.
-#[inline(always)]
-pub(super) fn map<T: Copy, const N: usize>(chunk: &[T; N], f: impl Fn(T) -> u32) -> [u32; N] {
-    let mut out = [0; N];
-    for (out, &x) in out.iter_mut().zip(chunk) {
-        *out = f(x);
-    }
-    out
 }

@@ -18,7 +18,6 @@
 
 use crate::dtype::Dtype;
 
-use super::chunks::map;
 use super::codebook_refine::Refiner;
 use super::codebook_search::Search;
 use super::extremes::short_magnitude;
@@ -516,6 +515,17 @@ impl Encoder {
             *out = code(E::widen(raw) * self.reciprocals[chunks.len()]);
         }
     }
+}
+
+/// As the method of arrays, which compilers may leave a call of code without a kernel's
+/// instructions.
+#[inline(always)]
+fn map<T: Copy, const N: usize>(chunk: &[T; N], f: impl Fn(T) -> u32) -> [u32; N] {
+    let mut out = [0; N];
+    for (out, &x) in out.iter_mut().zip(chunk) {
+        *out = f(x);
+    }
+    out
 }
 
 #[cfg(test)]

@@ -61,16 +61,16 @@ const BINS: usize = 2 + 21 * 128;
 /// The upper bits of the second bin.
 const FIRST: u32 = (127 - 21) << 7;
 
-/// The number of midpoints below every number in a bin: of positive ones, and of negative ones.
-static FLOORS: [[u8; BINS]; 2] = {
-    let mut floors = [[0; BINS]; 2];
+/// The number of midpoints below every number in a bin: of positive ones, and then of negative ones.
+static FLOORS: [u8; 2 * BINS] = {
+    let mut floors = [0; 2 * BINS];
     let (mut bin, mut below, mut below_negative) = (0, 0, 0);
     while bin < BINS {
         let smallest = if bin == 0 { 0.0 } else { f32::from_bits((FIRST + bin as u32 - 1) << 16) };
         while MIDPOINTS[below] < smallest {
             below += 1;
         }
-        floors[0][bin] = below as u8;
+        floors[bin] = below as u8;
         // The bins of negative numbers rise from the last to the first.
         let last = BINS - 1 - bin;
         let lowest = if bin == 0 {
@@ -81,20 +81,27 @@ static FLOORS: [[u8; BINS]; 2] = {
         while MIDPOINTS[below_negative] < lowest {
             below_negative += 1;
         }
-        floors[1][last] = below_negative as u8;
+        floors[BINS + last] = below_negative as u8;
         bin += 1;
     }
     floors
 };
 
-/// The code of the entry nearest to `y`; of two, the lower one's. That of a NaN is 0.
+/// The position of `y` in [`FLOORS`]; a NaN is among what is below all midpoints.
 #[inline(always)]
-fn code_of(y: f32) -> u8 {
+fn bin_of(y: f32) -> u32 {
+    const LAST: u32 = BINS as u32 - 1;
     let bits = y.to_bits();
-    let bin = ((bits & (u32::MAX >> 1)) >> 16).saturating_sub(FIRST - 1);
-    let floor = FLOORS[(bits >> 31) as usize][(bin as usize).min(BINS - 1)];
-    let code = floor.wrapping_add(u8::from(MIDPOINTS[usize::from(floor)] < y));
-    if y.is_nan() { 0 } else { code }
+    let bin = ((bits & (u32::MAX >> 1)) >> 16).saturating_sub(FIRST - 1).min(LAST);
+    let bin = if bits >> 31 == 0 { bin } else { bin + LAST + 1 };
+    if y.is_nan() { 2 * LAST + 1 } else { bin }
+}
+
+/// The code of the entry nearest to `y`, of that bin; of two, the lower one's. That of a NaN is 0.
+#[inline(always)]
+fn code_in(bin: u32, y: f32) -> u8 {
+    let floor = FLOORS[bin as usize];
+    floor.wrapping_add(u8::from(MIDPOINTS[usize::from(floor)] < y))
 }
 
 /// Codes of up to 256 scales with the mean `offset`; returns their `n`, NaN if there is any.
@@ -104,8 +111,14 @@ pub(super) fn encode(scales: &[f32], offset: f32, codes: &mut [u8]) -> f32 {
     // Bit patterns of magnitudes order as integers, NaNs last.
     let largest = F32::round(f32::from_bits(distances.map(f32::to_bits).fold(0, u32::max)));
     let reciprocal = 1.0 / if largest < 1e-38 { 1e-38 } else { largest };
-    for (code, scale) in codes.iter_mut().zip(scales) {
-        *code = code_of((scale - offset) * reciprocal);
+    // What can be done for many at a time first.
+    let mut places = [(0.0, 0); SCALES];
+    for (place, scale) in places.iter_mut().zip(scales) {
+        let y = (scale - offset) * reciprocal;
+        *place = (y, bin_of(y));
+    }
+    for (code, (y, bin)) in codes[..scales.len()].iter_mut().zip(places) {
+        *code = code_in(bin, y);
     }
     largest
 }
@@ -128,11 +141,11 @@ mod tests {
             for bits in [edge.to_bits().saturating_sub(1), edge.to_bits(), edge.to_bits() + 1] {
                 for y in [f32::from_bits(bits), -f32::from_bits(bits)] {
                     let below = MIDPOINTS[..255].iter().filter(|midpoint| **midpoint < y).count();
-                    assert_eq!(usize::from(code_of(y)), below, "{y:e}");
+                    assert_eq!(usize::from(code_in(bin_of(y), y)), below, "{y:e}");
                 }
             }
         }
-        assert_eq!(code_of(f32::NAN), 0);
-        assert_eq!(code_of(-f32::NAN), 0);
+        assert_eq!(code_in(bin_of(f32::NAN), f32::NAN), 0);
+        assert_eq!(code_in(bin_of(-f32::NAN), -f32::NAN), 0);
     }
 }
