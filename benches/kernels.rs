@@ -55,6 +55,30 @@ fn rate(scheme: Scheme, isa: Isa, dtype: Dtype, bytes: &[u8]) -> f64 {
     bytes.len() as f64 / best
 }
 
+/// As [`rate`], of BF16 weights that lie in memory one after the other, as many as no cache holds.
+fn stream_rate(scheme: Scheme, isa: Isa, bytes: &[u8]) -> f64 {
+    const COUNT: usize = 128;
+    let shape = [ROWS as u64, COLS as u64];
+    let mut parts: Vec<_> = scheme
+        .parts(Dtype::BF16, &shape)
+        .iter()
+        .map(|part| vec![0; part.bytes() as usize])
+        .collect();
+    let weights = bytes.repeat(COUNT);
+    let mut best = f64::INFINITY;
+    for _ in 0..5 {
+        let start = Instant::now();
+        for weight in weights.chunks_exact(bytes.len()) {
+            let data = Reals::new(Dtype::BF16, weight).expect("a float type");
+            let tile = Tile { data, rows: ROWS, cols: COLS, stride: COLS, importance: None };
+            let mut out: Vec<&mut [u8]> = parts.iter_mut().map(|part| &mut part[..]).collect();
+            scheme.encode(isa, &tile, &Survey::default(), &mut out);
+        }
+        best = best.min(start.elapsed().as_secs_f64());
+    }
+    weights.len() as f64 / best
+}
+
 /// Bytes a second of a loop that adds up what it reads, of more than any cache holds: the best of
 /// many rounds.
 fn memory_rate() -> f64 {
@@ -95,6 +119,11 @@ fn main() {
     to_f16.encode(Isa::detect(), &tile, &Survey::default(), &mut [&mut f16[..]]);
     let memory = memory_rate();
     println!("one core reads memory at {:.2} GB/s", memory / 1e9);
+    let int4 = schemes(Quality::Reference)[0];
+    for isa in Isa::available() {
+        let rate = stream_rate(int4, isa, &bf16);
+        println!("{} BF16 from memory: {:.2} GB/s of source, {int4}", isa.name(), rate / 1e9);
+    }
     for isa in Isa::available() {
         for (dtype, bytes) in [(Dtype::BF16, &bf16), (Dtype::F16, &f16), (Dtype::F32, &f32s)] {
             for quality in [Quality::Reference, Quality::Search] {
