@@ -31,7 +31,7 @@ fn schemes(quality: Quality) -> Vec<Scheme> {
     out
 }
 
-/// Source bytes a second: the best of many rounds.
+/// Source bytes a second, of weights one after the other: the best of many rounds.
 fn rate(scheme: Scheme, isa: Isa, dtype: Dtype, bytes: &[u8]) -> f64 {
     let shape: &[u64] = match scheme {
         Scheme::Experts(_) => &[1, ROWS as u64, COLS as u64],
@@ -40,43 +40,24 @@ fn rate(scheme: Scheme, isa: Isa, dtype: Dtype, bytes: &[u8]) -> f64 {
     let mut parts: Vec<_> =
         scheme.parts(dtype, shape).iter().map(|part| vec![0; part.bytes() as usize]).collect();
     let (slab, width) = scheme.grid(dtype, shape, u64::MAX).view();
-    let data = Reals::new(dtype, bytes).expect("a float type");
     let (rows, cols) = (slab as usize, width as usize);
-    let tile = Tile { data, rows, cols, stride: cols, importance: None };
+    let weights = bytes.chunks_exact(ROWS * COLS * dtype.bitsize() / 8);
+    let tile = |weight| {
+        let data = Reals::new(dtype, weight).expect("a float type");
+        Tile { data, rows, cols, stride: cols, importance: None }
+    };
     let mut survey = Survey::default();
-    scheme.survey(isa, &tile, &mut survey);
+    scheme.survey(isa, &tile(bytes), &mut survey);
     let mut best = f64::INFINITY;
     for _ in 0..ROUNDS {
         let mut out: Vec<&mut [u8]> = parts.iter_mut().map(|part| &mut part[..]).collect();
         let start = Instant::now();
-        scheme.encode(isa, &tile, &survey, &mut out);
-        best = best.min(start.elapsed().as_secs_f64());
-    }
-    bytes.len() as f64 / best
-}
-
-/// As [`rate`], of BF16 weights that lie in memory one after the other, as many as no cache holds.
-fn stream_rate(scheme: Scheme, isa: Isa, bytes: &[u8]) -> f64 {
-    const COUNT: usize = 128;
-    let shape = [ROWS as u64, COLS as u64];
-    let mut parts: Vec<_> = scheme
-        .parts(Dtype::BF16, &shape)
-        .iter()
-        .map(|part| vec![0; part.bytes() as usize])
-        .collect();
-    let weights = bytes.repeat(COUNT);
-    let mut best = f64::INFINITY;
-    for _ in 0..5 {
-        let start = Instant::now();
-        for weight in weights.chunks_exact(bytes.len()) {
-            let data = Reals::new(Dtype::BF16, weight).expect("a float type");
-            let tile = Tile { data, rows: ROWS, cols: COLS, stride: COLS, importance: None };
-            let mut out: Vec<&mut [u8]> = parts.iter_mut().map(|part| &mut part[..]).collect();
-            scheme.encode(isa, &tile, &Survey::default(), &mut out);
+        for weight in weights.clone() {
+            scheme.encode(isa, &tile(weight), &survey, &mut out);
         }
         best = best.min(start.elapsed().as_secs_f64());
     }
-    weights.len() as f64 / best
+    bytes.len() as f64 / best
 }
 
 /// Bytes a second of a loop that adds up what it reads, of more than any cache holds: the best of
@@ -120,8 +101,10 @@ fn main() {
     let memory = memory_rate();
     println!("one core reads memory at {:.2} GB/s", memory / 1e9);
     let int4 = schemes(Quality::Reference)[0];
+    // More than any cache holds.
+    let many = bf16.repeat(128);
     for isa in Isa::available() {
-        let rate = stream_rate(int4, isa, &bf16);
+        let rate = rate(int4, isa, Dtype::BF16, &many);
         println!("{} BF16 from memory: {:.2} GB/s of source, {int4}", isa.name(), rate / 1e9);
     }
     for isa in Isa::available() {
