@@ -18,17 +18,22 @@ pub(super) struct Chunks<P> {
     /// Of each chunk, where a group has several.
     params: Vec<P>,
     /// Of a block, where the compiler can't widen a chunk and code it at once.
-    values: [f32; BLOCK],
+    values: Aligned<[f32; BLOCK]>,
     /// In lanes as wide as those that they are found in: those of a chunk would be narrowed one by
     /// one.
-    codes: [u32; BLOCK],
+    codes: Aligned<[u32; BLOCK]>,
 }
+
+/// Something that starts with a line of the cache: the widest stores would span two, each.
+#[derive(Clone, Copy, Debug)]
+#[repr(align(64))]
+struct Aligned<T>(T);
 
 impl<P: Copy + Default> Chunks<P> {
     /// For groups of `len` weights, a multiple of `CHUNK`, in rows of `cols`.
     pub(super) fn new(len: usize, cols: usize) -> Self {
         let params = vec![P::default(); if len == CHUNK { 0 } else { cols / CHUNK }];
-        Self { len, params, values: [0.0; BLOCK], codes: [0; BLOCK] }
+        Self { len, params, values: Aligned([0.0; BLOCK]), codes: Aligned([0; BLOCK]) }
     }
 
     /// Writes `code(weight, of_its_group)` for each weight of a row, and fetches the next one into the
@@ -51,7 +56,7 @@ impl<P: Copy + Default> Chunks<P> {
         };
         let rows = row.chunks(BLOCK).zip(next.chunks(BLOCK)).zip(out.chunks_mut(BLOCK));
         for (((row, next), out), params) in rows.zip(params.chunks(BLOCK / CHUNK)) {
-            let codes = self.codes.as_chunks_mut::<CHUNK>().0.iter_mut().zip(params);
+            let codes = self.codes.0.as_chunks_mut::<CHUNK>().0.iter_mut().zip(params);
             let codes = codes.zip(next.as_chunks::<CHUNK>().0);
             if E::WIDENS_AT_ONCE {
                 for (((codes, param), next), chunk) in codes.zip(row.as_chunks::<CHUNK>().0) {
@@ -61,8 +66,8 @@ impl<P: Copy + Default> Chunks<P> {
                     }
                 }
             } else {
-                widen::<E>(row, &mut self.values);
-                let chunks = self.values.as_chunks::<CHUNK>().0;
+                widen::<E>(row, &mut self.values.0);
+                let chunks = self.values.0.as_chunks::<CHUNK>().0;
                 for (((codes, param), next), chunk) in codes.zip(chunks) {
                     prefetch(next);
                     for (out, &x) in codes.iter_mut().zip(chunk) {
@@ -70,7 +75,7 @@ impl<P: Copy + Default> Chunks<P> {
                     }
                 }
             }
-            for (code, out) in self.codes.iter().zip(out) {
+            for (code, out) in self.codes.0.iter().zip(out) {
                 *out = *code as u8;
             }
         }
