@@ -14,7 +14,7 @@ use fuser::{
     KernelConfig, LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyDirectory, ReplyDirectoryPlus,
     ReplyEmpty, ReplyEntry, ReplyOpen, ReplyStatfs, ReplyXattr,
 };
-use parking_lot::Mutex;
+use parking_lot::{Condvar, Mutex};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::view::{NodeId, NodeKind, ROOT, View};
@@ -22,9 +22,8 @@ use crate::view::{NodeId, NodeKind, ROOT, View};
 /// How long the kernel may believe what it was told: for good, as a view never changes.
 const FOREVER: Duration = Duration::from_secs(365 * 24 * 3600);
 
-/// The largest read that the kernel sends. Smaller ones than its limit of 1 MiB let more of a
-/// reader's readahead be in flight.
-const MAX_REQUEST: u32 = 256 << 10;
+/// The largest read that the kernel sends: its limit.
+const MAX_REQUEST: u32 = 1 << 20;
 
 /// Requests of readahead that the kernel keeps in flight; beyond its default of 12 it would skip
 /// parts of the readahead.
@@ -32,6 +31,9 @@ const MAX_BACKGROUND: u16 = 256;
 
 /// Threads of a session that are never reading, so that metadata calls find one.
 const SPARE_THREADS: usize = 2;
+
+/// How long a read may run before others no longer wait for it: it may be waiting for a disk.
+const PATIENCE: Duration = Duration::from_millis(5);
 
 /// The errors of one file are logged this far apart at least.
 const LOG_INTERVAL: Duration = Duration::from_secs(10);
@@ -76,7 +78,7 @@ impl Session {
             view,
             owner,
             null,
-            reads: Reads::new(readers),
+            reads: Reads::new(cores, readers),
             buffers: Mutex::default(),
             counters: counters.clone(),
             logged: Mutex::new(HashMap::new()),
@@ -187,20 +189,28 @@ impl Kernel {
             buffer.resize(len, 0);
         }
         let into = &mut buffer[..len];
+        let mut reply = Some(reply);
+        let mut answer = |bytes: &[u8]| {
+            self.check_whole(file, offset, len, bytes.len())?;
+            if let Some(reply) = reply.take() {
+                reply.data(bytes);
+            }
+            Ok(())
+        };
         // A panic here would end the thread, and soon the mount. The view's locks don't poison and
         // its caches publish nothing that isn't whole.
         let read = || match self.null {
-            true => Ok(self.due(file, offset, len)),
-            false => self.view.read_at(file, offset, into),
+            true => answer(&into[..self.due(file, offset, len)]),
+            false => self.view.show_at(file, offset, into, answer).flatten(),
         };
         let outcome = catch_unwind(AssertUnwindSafe(read))
             .unwrap_or_else(|_| Err(Error::new(ErrorKind::Io, "the read panicked")));
         self.counters.reads.fetch_add(1, Ordering::Relaxed);
-        match outcome.and_then(|read| self.whole(file, offset, len, read)) {
-            Ok(read) => reply.data(&buffer[..read]),
-            Err(error) => {
-                self.counters.errors.fetch_add(1, Ordering::Relaxed);
-                self.log(file, &error);
+        if let Err(error) = outcome {
+            self.counters.errors.fetch_add(1, Ordering::Relaxed);
+            self.log(file, &error);
+            // Of a source that changed while it was shown, the kernel has what it got.
+            if let Some(reply) = reply {
                 reply.error(errno(error.kind()));
             }
         }
@@ -219,10 +229,10 @@ impl Kernel {
     }
 
     /// To the kernel a short reply means that the file has shrunk, for good.
-    fn whole(&self, file: NodeId, offset: u64, len: usize, read: usize) -> Result<usize> {
+    fn check_whole(&self, file: NodeId, offset: u64, len: usize, read: usize) -> Result<()> {
         let due = self.due(file, offset, len);
         if read == due {
-            return Ok(read);
+            return Ok(());
         }
         Err(Error::new(ErrorKind::Io, format!("read {read} bytes of {due} at offset {offset}")))
     }
@@ -331,10 +341,9 @@ impl Filesystem for Kernel {
             Some(id) if self.kind(id) == FileType::Directory => reply.error(Errno::EISDIR),
             Some(file) => {
                 let mut next = self.reads.start(Read { file, offset, len: size as usize, reply });
-                while let Some(read) = next {
-                    let file = read.file;
+                while let Some((number, read)) = next {
                     self.serve(read);
-                    next = self.reads.finish(file);
+                    next = self.reads.finish(number);
                 }
             }
         }
@@ -426,24 +435,49 @@ struct Read {
     reply: ReplyData,
 }
 
-/// Which reads are running, and which wait for a thread.
+/// Which reads are running, and which wait.
 ///
-/// A read may take long: its bytes are encoded first, or its source has stalled. So only some of a
-/// session's threads may read at a time, and not all of those one file: metadata calls, and files
-/// whose source answers, always find a thread. The reads beyond that wait here, and whoever
-/// finishes one takes the next. The kernel bounds how many there are.
+/// As many run at a time as there are cores, each thread one after the other: what a read has encoded is
+/// still in its core's own cache when it is sent. One that takes longer is counted no more, for it may wait
+/// for its source. Only some of a session's threads may read nevertheless, and not all of those one file:
+/// metadata calls, and files whose source answers, always find a thread. The reads beyond that wait here,
+/// and whoever finishes one takes the next. The kernel bounds how many there are.
 #[derive(Debug)]
 struct Reads<T = Read> {
+    cores: usize,
     limit: usize,
     limit_per_file: usize,
     state: Mutex<ReadsState<T>>,
+    /// Who waits here is told of nothing, and looks again from time to time.
+    later: Condvar,
 }
 
 #[derive(Debug)]
 struct ReadsState<T> {
-    running: HashMap<NodeId, usize>,
-    total: usize,
-    waiting: VecDeque<T>,
+    /// Reads so far, which are numbered.
+    count: u64,
+    running: Vec<Running>,
+    /// By rising numbers.
+    waiting: VecDeque<(u64, T)>,
+    /// Threads that wait with their reads.
+    patient: usize,
+}
+
+#[derive(Debug)]
+struct Running {
+    number: u64,
+    file: NodeId,
+    since: Instant,
+}
+
+/// Why a read may run, or not.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Admission {
+    Granted,
+    /// Once another one has finished, or takes long.
+    Soon,
+    /// Once another one has finished.
+    Later,
 }
 
 /// What has a file.
@@ -458,53 +492,69 @@ impl OfFile for Read {
 }
 
 impl<T: OfFile> Reads<T> {
-    fn new(limit: usize) -> Self {
-        let state = ReadsState { running: HashMap::new(), total: 0, waiting: VecDeque::new() };
-        Self { limit, limit_per_file: limit - limit / 4, state: Mutex::new(state) }
+    fn new(cores: usize, limit: usize) -> Self {
+        let state =
+            ReadsState { count: 0, running: Vec::new(), waiting: VecDeque::new(), patient: 0 };
+        let limit_per_file = limit - limit / 4;
+        Self { cores, limit, limit_per_file, state: Mutex::new(state), later: Condvar::new() }
     }
 
-    /// Gives `read` back if the caller is to do it now; keeps it for later otherwise.
-    fn start(&self, read: T) -> Option<T> {
+    /// Gives `read` back, with its number, if the caller is to do it, at once or after a while; keeps it
+    /// for whoever finishes another otherwise.
+    fn start(&self, read: T) -> Option<(u64, T)> {
         let mut state = self.state.lock();
-        if self.admits(&state, &read) {
-            state.enter(read.file());
-            Some(read)
-        } else {
-            state.waiting.push_back(read);
-            None
+        let number = state.count;
+        state.count += 1;
+        if self.admission(&state, &read) == Admission::Granted {
+            return Some(state.enter(number, read));
         }
+        state.waiting.push_back((number, read));
+        if state.patient + state.running.len() >= self.limit {
+            return None;
+        }
+        state.patient += 1;
+        let admitted = loop {
+            let place = state.waiting.binary_search_by_key(&number, |(number, _)| *number);
+            // Another thread may have taken it.
+            let Ok(place) = place else { break None };
+            match self.admission(&state, &state.waiting[place].1) {
+                Admission::Granted => break state.waiting.remove(place),
+                Admission::Soon => self.later.wait_for(&mut state, PATIENCE),
+                Admission::Later => break None,
+            };
+        };
+        state.patient -= 1;
+        admitted.map(|(number, read)| state.enter(number, read))
     }
 
-    /// Notes that a read of `file` is done, and returns the one that the caller is to do next.
-    fn finish(&self, file: NodeId) -> Option<T> {
+    /// Notes that a read is done, and returns the one that the caller is to do next.
+    fn finish(&self, number: u64) -> Option<(u64, T)> {
         let mut state = self.state.lock();
-        state.leave(file);
-        let next = state.waiting.iter().position(|read| self.admits(&state, read))?;
-        let read = state.waiting.remove(next)?;
-        state.enter(read.file());
-        Some(read)
+        state.running.retain(|running| running.number != number);
+        let is_admitted = |(_, read): &(u64, T)| self.admission(&state, read) == Admission::Granted;
+        let next = state.waiting.iter().position(is_admitted)?;
+        let (number, read) = state.waiting.remove(next)?;
+        Some(state.enter(number, read))
     }
 
-    fn admits(&self, state: &ReadsState<T>, read: &T) -> bool {
-        let of_file = state.running.get(&read.file()).copied().unwrap_or(0);
-        state.total < self.limit && of_file < self.limit_per_file
+    fn admission(&self, state: &ReadsState<T>, read: &T) -> Admission {
+        let running = &state.running;
+        let of_file = running.iter().filter(|running| running.file == read.file()).count();
+        if running.len() >= self.limit || of_file >= self.limit_per_file {
+            return Admission::Later;
+        }
+        let is_swift = |running: &&Running| running.since.elapsed() < PATIENCE;
+        match running.iter().filter(is_swift).count() < self.cores {
+            true => Admission::Granted,
+            false => Admission::Soon,
+        }
     }
 }
 
-impl<T> ReadsState<T> {
-    fn enter(&mut self, file: NodeId) {
-        self.total += 1;
-        *self.running.entry(file).or_default() += 1;
-    }
-
-    fn leave(&mut self, file: NodeId) {
-        self.total -= 1;
-        if let Some(running) = self.running.get_mut(&file) {
-            *running -= 1;
-            if *running == 0 {
-                self.running.remove(&file);
-            }
-        }
+impl<T: OfFile> ReadsState<T> {
+    fn enter(&mut self, number: u64, read: T) -> (u64, T) {
+        self.running.push(Running { number, file: read.file(), since: Instant::now() });
+        (number, read)
     }
 }
 
@@ -523,29 +573,57 @@ mod tests {
 
     #[test]
     fn a_file_whose_reads_hang_leaves_threads_to_the_others() {
-        let reads = Reads::new(8);
+        let reads = Reads::new(8, 8);
         let running = (0..20).filter_map(|n| reads.start(Job(1, n))).count();
         assert_eq!(running, 6);
-        assert_eq!(reads.start(Job(2, 0)), Some(Job(2, 0)));
-        assert_eq!(reads.start(Job(3, 0)), Some(Job(3, 0)));
+        assert_eq!(reads.start(Job(2, 0)), Some((20, Job(2, 0))));
+        assert_eq!(reads.start(Job(3, 0)), Some((21, Job(3, 0))));
         assert_eq!(reads.start(Job(4, 0)), None, "two files and the one that hangs fill the limit");
-        assert_eq!(reads.finish(2), Some(Job(4, 0)), "passing those of the file that hangs");
-        assert_eq!(reads.finish(4), None);
-        assert_eq!(reads.finish(1), Some(Job(1, 6)), "the oldest first");
+        let fourth = Some((22, Job(4, 0)));
+        assert_eq!(reads.finish(20), fourth, "passing those of the file that hangs");
+        assert_eq!(reads.finish(22), None);
+        assert_eq!(reads.finish(3), Some((6, Job(1, 6))), "the oldest first");
     }
 
     #[test]
     fn every_read_is_done_once_whoever_finishes_when() {
-        let reads = Reads::new(4);
+        let reads = Reads::new(4, 4);
         let mut done = Vec::new();
-        let mut running: VecDeque<Job> =
+        let mut running: VecDeque<(u64, Job)> =
             (0..200).filter_map(|n| reads.start(Job(n as usize * 7 % 5, n))).collect();
-        while let Some(job) = running.pop_front() {
-            running.extend(reads.finish(job.0));
+        while let Some((number, job)) = running.pop_front() {
+            running.extend(reads.finish(number));
             done.push(job.1);
         }
         done.sort_unstable();
         assert_eq!(done, (0..200).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn reads_wait_for_a_core_but_not_for_those_that_take_long() {
+        let reads = Reads::new(1, 8);
+        let begun = Instant::now();
+        for n in 0..3 {
+            // With nobody to finish any, each waits until the one before takes long.
+            assert_eq!(reads.start(Job(1, n)), Some((n.into(), Job(1, n))));
+            assert!(begun.elapsed() >= PATIENCE * n);
+        }
+    }
+
+    #[test]
+    fn a_read_that_waits_is_done_by_whoever_finishes_first() {
+        let reads = Reads::new(1, 8);
+        let first = reads.start(Job(1, 0)).expect("there is a core");
+        let next = std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| reads.start(Job(1, 1)));
+            while reads.state.lock().patient == 0 {
+                std::thread::yield_now();
+            }
+            let next = reads.finish(first.0);
+            assert!(waiting.join().expect("it ends") != next, "one of them got it");
+            next
+        });
+        assert!(next.is_none_or(|next| next == (1, Job(1, 1))));
     }
 
     #[test]

@@ -151,7 +151,7 @@ proptest! {
         cache in prop_oneof![Just(0u64), 1u64..200_000, Just(1 << 30)],
         chunk in prop_oneof![Just(1u64), 1u64..100_000, Just(1 << 20)],
         ahead in prop_oneof![Just(0u64), 1u64..1_000_000],
-        reads in prop::collection::vec((any::<prop::sample::Index>(), any::<prop::sample::Index>(), 0usize..70_000), 1..40),
+        reads in prop::collection::vec((any::<prop::sample::Index>(), any::<prop::sample::Index>(), 0usize..150_000), 1..40),
     ) {
         let (source, request) = &cases()[which];
         let view = View::open(source, request, Budget { cache, chunk, ahead }).expect("a view");
@@ -169,6 +169,8 @@ proptest! {
             let mut buf = vec![0xaa; len];
             let got = view.read_at(file, offset as u64, &mut buf).expect("readable");
             prop_assert_eq!(&buf[..got], expected, "{:?}: {} at {}", request, len, offset);
+            let shown = view.show_at(file, offset as u64, &mut buf, <[u8]>::to_vec);
+            prop_assert_eq!(&shown.expect("readable"), expected, "shown: {:?}", request);
         }
     }
 }

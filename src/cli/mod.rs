@@ -17,6 +17,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::FORMATS;
 use crate::loader::{self, LOADERS, Loader};
 use crate::memory;
+use crate::mount::raises_read_ahead;
 use crate::quant::{Granularity, Quality, Real, Storage};
 use crate::recipe::{Override, Request, ScaleFormat};
 use crate::view::{Budget, View};
@@ -372,10 +373,16 @@ struct BudgetArgs {
 /// Encoded ahead of each sequential reader of a mount, in bytes.
 const AHEAD: u64 = 16 << 20;
 
+/// Bytes of source that a chunk of a mount is encoded from where the kernel reads far ahead: so few that
+/// most of what it asks for at a time are whole ones, which are encoded where the reply is sent from.
+const CHUNK: u64 = 256 << 10;
+
 impl BudgetArgs {
     /// That of a mount.
     fn mounted(&self) -> Budget {
-        Budget { ahead: AHEAD, ..self.budget() }
+        let budget = self.budget();
+        let chunk = if raises_read_ahead() { CHUNK } else { budget.chunk };
+        Budget { ahead: AHEAD, chunk: budget.chunk.min(chunk), ..budget }
     }
 
     fn budget(&self) -> Budget {

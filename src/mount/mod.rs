@@ -68,6 +68,7 @@ pub fn run(
     options: &Options,
     ready: &mut dyn FnMut(Ready) -> Result<()>,
 ) -> Result<()> {
+    memory::share_heap();
     let mountpoint = preflight::check(&options.mountpoint, options.allow_other)?;
     let view = Arc::new(open()?);
     memory::give_back();
@@ -241,7 +242,16 @@ fn end_on_signal(signals: &mut Signals, attached: &Attached) {
     }
 }
 
-/// Raises the kernel's readahead, which takes root, and is only about speed.
+/// Whether mounts of this process have their readahead raised, which takes root and a `/sys` that can be
+/// written.
+pub fn raises_read_ahead() -> bool {
+    rustix::fs::access(BDI, rustix::fs::Access::WRITE_OK).is_ok()
+}
+
+/// Where the kernel has a directory for each mount's device.
+const BDI: &str = "/sys/class/bdi";
+
+/// Raises the kernel's readahead, which is only about speed.
 fn raise_read_ahead(device: Device) {
     let path = read_ahead_path(device);
     if let Err(error) = std::fs::write(&path, READ_AHEAD_KIB.to_string()) {
@@ -250,7 +260,7 @@ fn raise_read_ahead(device: Device) {
 }
 
 fn read_ahead_path(device: Device) -> String {
-    format!("/sys/class/bdi/{device}/read_ahead_kb")
+    format!("{BDI}/{device}/read_ahead_kb")
 }
 
 fn read_ahead_kib(device: Device) -> Option<u64> {

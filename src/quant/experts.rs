@@ -21,7 +21,7 @@ use super::grid::{Axis, Grid, PartBytes};
 use super::importance::Importance;
 use super::isa::{Isa, Kernel};
 use super::minifloat::{E2M1_MAX, E8M0_NAN, e2m1, e2m1_rounded, e2m1_value, e8m0_value, within};
-use super::shape::{STRIPE, is_real};
+use super::shape::{is_real, stripe_bytes};
 use super::tile::{Element, Tile, for_element};
 use super::{Part, Quality, Role};
 
@@ -71,7 +71,7 @@ impl ExpertsScheme {
         let parts: Vec<_> =
             bytes(1).zip(bytes(outputs)).map(|(unit, slab)| PartBytes { unit, slab }).collect();
         let element = dtype.bitsize() as u64 / 8;
-        let source_bytes = source_bytes.saturating_mul(STRIPE);
+        let source_bytes = stripe_bytes(source_bytes);
         Grid::new((experts, inputs, outputs), Axis::Cols, 1, &parts, element, source_bytes)
     }
 

@@ -96,13 +96,23 @@ impl Grid {
 
     /// The source of chunk `k`.
     pub fn window(&self, k: u64) -> Window {
-        let (slab, place) = self.locate(k);
+        self.window_of(k..k + 1)
+    }
+
+    /// The source of some chunks of one slab, which follow one another.
+    ///
+    /// # Panics
+    /// If there are none, or they are not of one slab.
+    pub fn window_of(&self, chunks: Range<u64>) -> Window {
+        assert!(!chunks.is_empty() && chunks.end <= self.slab_end(chunks.start), "{chunks:?}");
+        let (slab, place) = self.locate(chunks.start);
         let first = place * self.step;
+        let step = self.step.saturating_mul(chunks.end - chunks.start);
         let slab_row = slab * self.rows;
         match self.axis {
             Axis::Rows => Window {
                 first_row: slab_row + first,
-                rows: self.step.min(self.rows - first),
+                rows: step.min(self.rows - first),
                 first_col: 0,
                 cols: self.cols,
             },
@@ -110,9 +120,14 @@ impl Grid {
                 first_row: slab_row,
                 rows: self.rows,
                 first_col: first,
-                cols: self.step.min(self.cols - first),
+                cols: step.min(self.cols - first),
             },
         }
+    }
+
+    /// The first chunk that is not of the slab of chunk `k`.
+    pub fn slab_end(&self, k: u64) -> u64 {
+        k - self.locate(k).1 + self.chunks_of_slab()
     }
 
     /// The bytes of part `part` that chunk `k` makes; none where the first of its slab makes all.

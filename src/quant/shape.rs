@@ -69,13 +69,17 @@ pub(super) fn stripes(
     let parts: Vec<_> =
         bytes(unit).zip(bytes(cols)).map(|(unit, slab)| PartBytes { unit, slab }).collect();
     let element = (dtype.bitsize() / 8) as u64;
-    let source_bytes = source_bytes.saturating_mul(STRIPE);
+    let source_bytes = stripe_bytes(source_bytes);
     Grid::new((1, rows, cols), Axis::Cols, unit, &parts, element, source_bytes)
 }
 
-/// How many times the source of a band a stripe may have: the wider it is, the fewer of them meet
-/// every row again.
-pub(super) const STRIPE: u64 = 4;
+/// Bytes of source that a stripe may have where a band has `source_bytes`: the wider it is, the fewer of
+/// them meet every row again.
+pub(super) fn stripe_bytes(source_bytes: u64) -> u64 {
+    const TIMES: u64 = 16;
+    const ENOUGH: u64 = 8 << 20;
+    source_bytes.saturating_mul(TIMES).min(source_bytes.max(ENOUGH))
+}
 
 /// A part of that shape.
 pub(super) fn part<const N: usize>(role: Role, dtype: Dtype, shape: [u64; N]) -> Part {

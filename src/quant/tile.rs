@@ -102,6 +102,15 @@ pub struct Tile<'a> {
     pub importance: Option<Importance<'a>>,
 }
 
+impl<'a> Tile<'a> {
+    /// The `rows` x `cols` elements from a row and a column on, which lie within it.
+    pub fn part(&self, (row, col): (usize, usize), (rows, cols): (usize, usize)) -> Self {
+        let element = self.data.dtype().bitsize() / 8;
+        let data = self.data.skip((row * self.stride + col) * element);
+        Self { data, rows, cols, ..*self }
+    }
+}
+
 /// The NaN that is stored for any NaN.
 pub(super) const NAN: f32 = f32::from_bits(0x7fc0_0000);
 

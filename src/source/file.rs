@@ -324,6 +324,14 @@ impl SourceFiles {
         self.scratch.bytes.clone()
     }
 
+    /// Whether [`fetch`](Self::fetch) would have something to wait for, as far as the ends of the range
+    /// tell.
+    pub(super) fn is_fetched(&self, (source, start, len): Part<'_>) -> bool {
+        let is_there =
+            |map: &Mmap| [start, start + len - 1].iter().all(|at| is_in_memory(map, *at as usize));
+        len as usize > LONG || self.get(source).is_ok_and(|open| open.map().is_ok_and(is_there))
+    }
+
     /// Has a range read into the kernel's page cache and mapped, where it isn't. Only ever about
     /// speed: whoever reads the range meets the error, if there is one. Of a long range, of which a
     /// stripe is wanted, whoever is first has the whole read ([`with_bytes`](Self::with_bytes)).
@@ -500,8 +508,26 @@ pub(super) fn map(file: &File, len: usize) -> std::io::Result<Mmap> {
     unsafe { MmapOptions::new().len(len).map(file) }
 }
 
+/// Whether the page of a byte is in the kernel's page cache, which may be wrong at once.
+#[expect(unsafe_code, reason = "a system call by its name")]
+fn is_in_memory(map: &Mmap, at: usize) -> bool {
+    let page = map[at..].as_ptr().map_addr(|addr| addr & !(rustix::param::page_size() - 1));
+    let mut found = 0;
+    // SAFETY: it writes one byte for the one page that it is asked about, and reads nothing of it.
+    let outcome = unsafe { libc::mincore(page.cast_mut().cast(), 1, &raw mut found) };
+    outcome == 0 && found & 1 == 1
+}
+
+/// What the kernel maps as one page, where it can.
+const HUGE_PAGE: usize = 2 << 20;
+
+/// Gives back the pages of a range but those of its last huge page, which is its neighbour's too, and is
+/// given back with that: half a huge page would have to be split.
 #[expect(unsafe_code, reason = "MADV_DONTNEED discards what a private map has written")]
 fn drop_pages(map: &Mmap, range: Range<usize>) {
+    let base = map.as_ptr().addr();
+    let floor = |at: usize| ((base + at) / HUGE_PAGE * HUGE_PAGE).max(base) - base;
+    let range = floor(range.start)..floor(range.end);
     // SAFETY: the map is read-only and backed by a file, or by zeros where it was truncated, so a
     // page that is dropped comes back with the same bytes. Advice that fails changes nothing.
     let _ = unsafe {

@@ -228,8 +228,14 @@ impl Checkpoint {
         offset: u64,
         buf: &mut [u8],
     ) -> Result<()> {
+        let (file, start) = self.place(id, offset);
+        files.read_exact_at(file, start, buf)
+    }
+
+    /// The file that a tensor is stored in, as it is, and where in it the tensor's byte `offset` is.
+    pub fn place(&self, id: TensorId, offset: u64) -> (&Arc<SourceFile>, u64) {
         let Extent { shard, start, .. } = self.catalog[id].operands[0];
-        files.read_exact_at(&self.shards[shard].file, start + offset, buf)
+        (&self.shards[shard].file, start + offset)
     }
 
     /// Stored bytes that a window of a tensor is made of.
@@ -280,15 +286,25 @@ impl Checkpoint {
     /// Has the source of a window read into the kernel's page cache; waits for it, and fails
     /// silently.
     pub fn fetch_window(&self, files: &SourceFiles, id: TensorId, window: &Window) {
+        self.stored(id, window).into_iter().for_each(|part| files.fetch(part));
+    }
+
+    /// Whether the source of a window seems to be in the kernel's page cache.
+    pub fn is_fetched(&self, files: &SourceFiles, id: TensorId, window: &Window) -> bool {
+        self.stored(id, window).into_iter().all(|part| files.is_fetched(part))
+    }
+
+    /// What is stored of a window of a tensor.
+    fn stored(&self, id: TensorId, window: &Window) -> Vec<Part<'_>> {
         let tensor = &self.catalog[id];
         match &tensor.decoder {
-            Decoder::Plain => files.fetch(self.run(tensor, window)),
-            Decoder::Coded(coded) => window
-                .places(coded)
-                .iter()
-                .flat_map(|Placed { rect, .. }| self.operands(tensor, coded, rect))
-                .filter(|(.., len)| *len > 0)
-                .for_each(|part| files.fetch(part)),
+            Decoder::Plain => vec![self.run(tensor, window)],
+            Decoder::Coded(coded) => {
+                let places = window.places(coded);
+                let parts =
+                    places.iter().flat_map(|place| self.operands(tensor, coded, &place.rect));
+                parts.filter(|(.., len)| *len > 0).collect()
+            }
         }
     }
 

@@ -48,6 +48,11 @@ impl Streams {
         self.readahead.store(bytes, Ordering::Relaxed);
     }
 
+    /// What was noted so; 0 before.
+    pub(super) fn readahead(&self) -> u64 {
+        self.readahead.load(Ordering::Relaxed)
+    }
+
     /// Notes a read of `range` and returns the range beyond it to prepare now, if any: up to
     /// `window` bytes ahead of the reader, in steps of half of that.
     pub(super) fn follow(
@@ -126,9 +131,13 @@ impl<J: Send + 'static> Workers<J> {
 
     /// Hands over jobs, as many as there is room for.
     pub(super) fn offer(&self, jobs: impl IntoIterator<Item = J>) {
+        let mut jobs = jobs.into_iter().peekable();
+        if jobs.peek().is_none() {
+            return;
+        }
         let mut queue = self.queue.jobs.lock();
         let room = WAITING.saturating_sub(queue.waiting.len());
-        queue.waiting.extend(jobs.into_iter().take(room));
+        queue.waiting.extend(jobs.take(room));
         drop(queue);
         self.queue.more.notify_all();
     }

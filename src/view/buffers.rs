@@ -42,11 +42,13 @@ impl Buffers {
         Self(Arc::new(Store { idle: Mutex::default(), limit }))
     }
 
-    /// A buffer of `len` bytes, whatever they are.
+    /// A buffer of `len` bytes, whatever they are, to be kept.
     pub(super) fn take(&self, len: usize) -> Buffer {
-        if len < SMALL {
-            return Buffer::from(vec![0; len]);
-        }
+        if len < SMALL { Buffer::from(vec![0; len]) } else { self.lend(len) }
+    }
+
+    /// A buffer of `len` bytes, whatever they are, that is soon dropped.
+    pub(super) fn lend(&self, len: usize) -> Buffer {
         let mut idle = self.0.idle.lock();
         // One that is much too large is worth more to somebody else.
         let fits = |bytes: &Vec<u8>| (len..=len.saturating_mul(2)).contains(&bytes.capacity());

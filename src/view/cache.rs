@@ -1,6 +1,7 @@
 //! Encoded chunks within a budget, each encoded by one thread at a time.
 
 use std::collections::{HashMap, VecDeque};
+use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -17,10 +18,10 @@ pub(super) type ChunkKey = (u32, u32);
 pub(super) type Parts = Arc<[Arc<Buffer>]>;
 
 /// Bytes of codes that are kept though their readers are past them.
-const SPENT: u64 = 16 << 20;
+const SPENT: u64 = 4 << 20;
 
 /// Chunks that are remembered once they are no longer kept for that.
-const GONE: usize = 256;
+const GONE: NonZeroUsize = NonZeroUsize::new(2048).expect("2048 is not zero");
 
 /// Encoded chunks by weight and chunk, under a budget of bytes.
 ///
@@ -28,9 +29,10 @@ const GONE: usize = 256;
 /// A sequential reader meets all codes of a weight before the first of its scales, and a chunk must
 /// not be encoded twice for that: scales outlive the codes that they were made with. Codes of which as
 /// many bytes were read as there are, are spent ([`spend`](Self::spend)): another cache has them now,
-/// and their memory, which the processor's caches still hold, is used for the next chunks. Those that
-/// have gone so are not prepared again: of several readers of one file, each with others' reads before
-/// it, the last would have everything encoded anew.
+/// and their memory, which the processor's caches still hold, is used for the next chunks. So are codes
+/// that whoever made them has delivered himself, which are never kept. Those that have gone so are not
+/// prepared again: of several readers of one file, each with others' reads before it, the last would have
+/// everything encoded anew.
 #[derive(Debug)]
 pub(super) struct Cache {
     state: Mutex<State>,
@@ -46,7 +48,7 @@ struct State {
     spent: VecDeque<(ChunkKey, u64)>,
     spent_bytes: u64,
     /// Chunks whose codes were spent and are no longer kept.
-    gone: VecDeque<ChunkKey>,
+    gone: LruCache<ChunkKey, ()>,
     making: HashMap<ChunkKey, Arc<Flight>>,
 }
 
@@ -84,7 +86,7 @@ impl Cache {
                 kept: [kept(budget - small, others), kept(small, Arc::default())],
                 spent: VecDeque::new(),
                 spent_bytes: 0,
-                gone: VecDeque::new(),
+                gone: LruCache::new(GONE),
                 making: HashMap::new(),
             }),
             hits: AtomicU64::new(0),
@@ -113,21 +115,22 @@ impl Cache {
                 match state.making.get(&key) {
                     Some(flight) => Some(flight.clone()),
                     None => {
-                        if state.gone.contains(&key) {
-                            // The cache that had them has not.
-                            state.gone.clear();
-                        }
-                        state.making.insert(key, Arc::default());
+                        state.take_on(key);
                         None
                     }
                 }
             };
             match flight {
-                None => return self.make(key, &make).map(|parts| parts[part].clone()),
+                None => {
+                    let claim = Claim::new(self, vec![key]);
+                    return Ok(claim.land(vec![make()?])[0][part].clone());
+                }
                 Some(flight) => {
                     let mut outcome = flight.outcome.lock();
                     flight.landed.wait_while(&mut outcome, |outcome| outcome.is_none());
-                    if let Some(Landing::Parts(parts)) = &*outcome {
+                    if let Some(Landing::Parts(parts)) = &*outcome
+                        && !parts[part].is_empty()
+                    {
                         self.hits.fetch_add(1, Ordering::Relaxed);
                         return Ok(parts[part].clone());
                     }
@@ -136,26 +139,29 @@ impl Cache {
         }
     }
 
-    /// Makes a chunk unless it is kept, being made or gone, and waits for nobody.
-    ///
-    /// # Errors
-    /// What `make` returns.
-    pub(super) fn prepare(
-        &self,
-        key: ChunkKey,
-        make: impl Fn() -> Result<Vec<Buffer>>,
-    ) -> Result<()> {
-        {
-            let mut state = self.state.lock();
-            if !state.is_due(key) {
-                return Ok(());
-            }
-            state.making.insert(key, Arc::default());
-        }
-        self.make(key, &make).map(drop)
+    /// Takes on as many of the chunks `keys`, from the first on, as have codes that are neither kept nor
+    /// being made.
+    pub(super) fn claim(&self, keys: &[ChunkKey]) -> Option<Claim<'_>> {
+        let mut state = self.state.lock();
+        let count = keys.iter().take_while(|key| state.is_free(**key)).count();
+        keys[..count].iter().for_each(|key| state.take_on(*key));
+        drop(state);
+        (count > 0).then(|| Claim::new(self, keys[..count].to_vec()))
     }
 
-    /// Whether [`prepare`](Self::prepare) would make a chunk.
+    /// Takes on the first of the chunks `keys` that are [due](Self::is_due), as many as there are in a
+    /// row, and tells how many stand before them.
+    pub(super) fn claim_due(&self, keys: &[ChunkKey]) -> Option<(usize, Claim<'_>)> {
+        let mut state = self.state.lock();
+        let first = keys.iter().position(|key| state.is_due(*key))?;
+        let count = keys[first..].iter().take_while(|key| state.is_due(**key)).count();
+        let keys = &keys[first..first + count];
+        keys.iter().for_each(|key| state.take_on(*key));
+        drop(state);
+        Some((first, Claim::new(self, keys.to_vec())))
+    }
+
+    /// Whether the codes of a chunk are neither kept, being made nor gone.
     pub(super) fn is_due(&self, key: ChunkKey) -> bool {
         self.state.lock().is_due(key)
     }
@@ -174,10 +180,7 @@ impl Cache {
         while *spent_bytes > SPENT {
             let (oldest, len) = spent.pop_front().expect("bytes are those of the codes spent");
             *spent_bytes -= len;
-            gone.push_back(oldest);
-            if gone.len() > GONE {
-                gone.pop_front();
-            }
+            gone.push(oldest, ());
             if let Some(buffer) = codes.parts.pop(&(oldest, 0)) {
                 codes.bytes -= buffer.len() as u64;
                 evicted.push(buffer);
@@ -192,46 +195,83 @@ impl Cache {
         let bytes = self.state.lock().kept.iter().map(|kept| kept.bytes).sum();
         (bytes, self.hits.load(Ordering::Relaxed), self.misses.load(Ordering::Relaxed))
     }
+}
 
-    /// Makes a chunk that this thread has announced in `making`.
-    fn make(&self, key: ChunkKey, make: &impl Fn() -> Result<Vec<Buffer>>) -> Result<Parts> {
-        /// Lets waiters go however `make` ends, by panic too.
-        struct Announced<'a>(&'a Cache, ChunkKey, Option<Parts>);
+/// Chunks that a thread has taken on to make, in the order of their keys. Whoever waits for one of them
+/// goes on once this is dropped, by panic too.
+#[derive(Debug)]
+pub(super) struct Claim<'a> {
+    cache: &'a Cache,
+    keys: Vec<ChunkKey>,
+    made: Vec<Parts>,
+}
 
-        impl Drop for Announced<'_> {
-            fn drop(&mut self) {
-                let Self(cache, key, parts) = self;
-                let mut evicted = Vec::new();
-                let flight = {
-                    let mut state = cache.state.lock();
-                    let parts = parts.iter().flat_map(|parts| parts.iter().enumerate());
-                    for (part, buffer) in parts.filter(|(_, buffer)| !buffer.is_empty()) {
-                        state.kept[class(part)].push((*key, part), buffer.clone(), &mut evicted);
-                    }
-                    state.making.remove(key)
-                };
-                drop(evicted);
-                if let Some(flight) = flight {
-                    let landing = parts.take().map_or(Landing::Failed, Landing::Parts);
-                    *flight.outcome.lock() = Some(landing);
-                    flight.landed.notify_all();
+impl<'a> Claim<'a> {
+    /// Of chunks that stand in `making`.
+    fn new(cache: &'a Cache, keys: Vec<ChunkKey>) -> Self {
+        cache.misses.fetch_add(keys.len() as u64, Ordering::Relaxed);
+        Self { cache, keys, made: Vec::new() }
+    }
+
+    /// How many chunks they are.
+    pub(super) fn len(&self) -> usize {
+        self.keys.len()
+    }
+
+    /// Hands over the parts of each chunk. Codes that are empty were delivered.
+    pub(super) fn land(mut self, made: Vec<Vec<Buffer>>) -> Vec<Parts> {
+        let made = made.into_iter().map(|parts| parts.into_iter().map(Arc::new).collect());
+        self.made = made.collect();
+        self.made.clone()
+    }
+}
+
+impl Drop for Claim<'_> {
+    fn drop(&mut self) {
+        let Self { cache, keys, made } = self;
+        let mut evicted = Vec::new();
+        let mut flights = Vec::with_capacity(keys.len());
+        let mut state = cache.state.lock();
+        for (i, key) in keys.iter().enumerate() {
+            for (part, buffer) in made.get(i).into_iter().flat_map(|parts| parts.iter().enumerate())
+            {
+                if !buffer.is_empty() {
+                    state.kept[class(part)].push((*key, part), buffer.clone(), &mut evicted);
+                } else if part == 0 {
+                    state.gone.push(*key, ());
                 }
             }
+            flights.push(state.making.remove(key));
         }
-
-        self.misses.fetch_add(1, Ordering::Relaxed);
-        let mut announced = Announced(self, key, None);
-        let parts: Parts = make()?.into_iter().map(Arc::new).collect();
-        announced.2 = Some(parts.clone());
-        Ok(parts)
+        drop(state);
+        drop(evicted);
+        let mut made = std::mem::take(made).into_iter();
+        for flight in flights {
+            let landing = made.next().map_or(Landing::Failed, Landing::Parts);
+            if let Some(flight) = flight {
+                *flight.outcome.lock() = Some(landing);
+                flight.landed.notify_all();
+            }
+        }
     }
 }
 
 impl State {
-    /// Whether the codes of a chunk are neither kept, being made nor gone.
+    fn is_free(&self, key: ChunkKey) -> bool {
+        !self.kept[0].parts.contains(&(key, 0)) && !self.making.contains_key(&key)
+    }
+
     fn is_due(&self, key: ChunkKey) -> bool {
-        let is_kept = self.kept[0].parts.contains(&(key, 0));
-        !is_kept && !self.making.contains_key(&key) && !self.gone.contains(&key)
+        self.is_free(key) && !self.gone.contains(&key)
+    }
+
+    /// Has others wait for a chunk.
+    fn take_on(&mut self, key: ChunkKey) {
+        if self.gone.contains(&key) {
+            // The cache that had them has not.
+            self.gone.clear();
+        }
+        self.making.insert(key, Arc::default());
     }
 }
 
@@ -360,19 +400,19 @@ mod tests {
     #[test]
     fn of_codes_that_were_spent_the_first_go_first() {
         let cache = Cache::new(1 << 30, Arc::default());
-        let codes = |chunk| vec![Buffer::from(vec![chunk as u8; 7 << 20]), Buffer::from(vec![1])];
+        let codes = |chunk| vec![Buffer::from(vec![chunk as u8; 7 << 18]), Buffer::from(vec![1])];
         for chunk in 0..4 {
             cache.get((0, chunk), 0, || Ok(codes(chunk))).expect("made");
         }
         for chunk in [2, 0, 1] {
-            cache.spend((0, chunk), 3 << 20);
+            cache.spend((0, chunk), 3 << 18);
         }
-        assert_eq!(cache.usage().0, 4 + 4 * (7 << 20), "none was read whole");
+        assert_eq!(cache.usage().0, 4 + 4 * (7 << 18), "none was read whole");
         for chunk in [2, 0, 1] {
-            cache.spend((0, chunk), 4 << 20);
+            cache.spend((0, chunk), 4 << 18);
         }
         cache.spend((9, 9), 1);
-        assert_eq!(cache.usage().0, 4 + 3 * (7 << 20), "16 MiB hold two that are spent");
+        assert_eq!(cache.usage().0, 4 + 3 * (7 << 18), "4 MiB hold two that are spent");
         for (chunk, kept) in [(0, true), (1, true), (2, false), (3, true)] {
             let gone = || Err(error::stale("gone"));
             assert_eq!(cache.get((0, chunk), 0, gone).is_ok(), kept, "{chunk}");
@@ -380,17 +420,42 @@ mod tests {
         }
         // The failed `get` has shown that the second was needed after all.
         cache.get((0, 2), 0, || Ok(codes(2))).expect("made");
-        cache.spend((0, 2), 7 << 20);
-        cache.spend((0, 3), 7 << 20);
-        cache.prepare((0, 0), || panic!("it is gone")).expect("nothing done");
-        cache.prepare((0, 2), || panic!("it is kept")).expect("nothing done");
+        cache.spend((0, 2), 7 << 18);
+        cache.spend((0, 3), 7 << 18);
+        assert!(!cache.is_due((0, 0)), "it is gone");
+        assert!(!cache.is_due((0, 2)), "it is kept");
     }
 
     #[test]
-    fn what_is_prepared_is_not_made_again() {
+    fn chunks_are_taken_on_in_a_row_and_codes_that_were_delivered_are_not_kept() {
         let cache = Cache::new(1000, Arc::default());
-        cache.prepare((0, 0), || Ok(parts(1))).expect("made");
-        cache.prepare((0, 0), || panic!("made twice")).expect("kept");
-        assert_eq!(cache.get((0, 0), 0, || panic!("made twice")).expect("kept")[0], 1);
+        let keys: Vec<ChunkKey> = (0..6).map(|chunk| (0, chunk)).collect();
+        cache.get(keys[0], 0, || Ok(parts(0))).expect("made");
+        cache.get(keys[4], 0, || Ok(parts(4))).expect("made");
+        assert!(cache.claim(&keys).is_none(), "the first is kept");
+
+        let (before, claim) = cache.claim_due(&keys).expect("some are due");
+        assert_eq!((before, claim.len()), (1, 3));
+        assert!(cache.claim(&keys[3..]).is_none(), "it is being made");
+        claim.land((1..4).map(parts).collect());
+        assert_eq!(cache.get(keys[3], 0, || panic!("made twice")).expect("kept")[0], 3);
+
+        let claim = cache.claim(&keys[5..]).expect("it is free");
+        claim.land(vec![vec![Buffer::from(Vec::new()), Buffer::from(vec![5; 10])]]);
+        assert_eq!(cache.get(keys[5], 1, || panic!("made twice")).expect("kept")[0], 5);
+        assert!(cache.claim_due(&keys).is_none(), "all others are kept, this one was delivered");
+        assert_eq!(cache.get(keys[5], 0, || Ok(parts(7))).expect("made")[0], 7);
+    }
+
+    #[test]
+    fn whoever_waits_for_codes_that_go_to_another_makes_its_own() {
+        let cache = Cache::new(1000, Arc::default());
+        let claim = cache.claim(&[(0, 0)]).expect("it is free");
+        thread::scope(|scope| {
+            let codes = scope.spawn(|| cache.get((0, 0), 0, || Ok(parts(1))).expect("made")[0]);
+            thread::sleep(Duration::from_millis(100));
+            claim.land(vec![vec![Buffer::from(Vec::new()), Buffer::from(vec![2; 10])]]);
+            assert_eq!(codes.join().expect("it got them"), 1);
+        });
     }
 }

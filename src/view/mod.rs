@@ -37,11 +37,17 @@ use crate::source::{SourceFile, SourceFiles};
 use ahead::{Streams, Workers};
 use buffers::Buffers;
 use cache::Cache;
-use model::Engine;
+use model::{Batch, Engine};
 use spoilt::Spoilt;
 
 /// Source files kept open and mapped at a time.
 const OPEN_FILES: NonZeroUsize = NonZeroUsize::new(64).expect("64 is not zero");
+
+/// Readahead of the kernel's, in bytes for each core, that makes encoding ahead needless: two requests.
+const ENOUGH: u64 = 2 << 20;
+
+/// Bytes that are worth a look at the map of their file.
+const MAPPED: u64 = 64 << 10;
 
 /// Threads that wait for the source's disk, whatever the cores: each has a few megabytes asked for, and
 /// disks want more than that at a time.
@@ -78,7 +84,9 @@ pub struct View {
     recipe: String,
     shared: Arc<Shared>,
     streams: Streams,
-    workers: OnceLock<[Workers<Chunk>; 2]>,
+    /// Asked for once: the answer stands in several files.
+    cores: usize,
+    workers: OnceLock<[Workers<Job>; 2]>,
 }
 
 /// What readers and the threads ahead of them share.
@@ -88,13 +96,8 @@ struct Shared {
     engine: Engine,
 }
 
-/// A chunk to be encoded ahead of its reader.
-#[derive(Clone, Copy, Debug)]
-struct Chunk {
-    model: usize,
-    weight: usize,
-    chunk: u64,
-}
+/// Chunks to be encoded ahead of their reader, and their model's position.
+type Job = (usize, Batch);
 
 /// A file of the source that the view does not show.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -216,6 +219,7 @@ impl View {
             recipe,
             shared: Arc::new(Shared { models, engine }),
             streams: Streams::default(),
+            cores: std::thread::available_parallelism().map_or(1, usize::from),
             workers: OnceLock::new(),
         })
     }
@@ -342,6 +346,45 @@ impl View {
         Ok(len)
     }
 
+    /// As [`read_at`](Self::read_at), but shows the bytes to `f`: in a map of the source where that has them
+    /// in one piece, as many as are worth it, and else in `buf`.
+    ///
+    /// # Errors
+    /// As those of [`read_at`](Self::read_at). Of a source that changed meanwhile, `f` has been shown what
+    /// may be its old bytes or its new ones.
+    pub fn show_at<T>(
+        &self,
+        file: NodeId,
+        offset: u64,
+        buf: &mut [u8],
+        f: impl FnOnce(&[u8]) -> T,
+    ) -> Result<T> {
+        let Shared { models, engine } = &*self.shared;
+        let size = match self.tree.nodes()[file].kind {
+            NodeKind::File { size } => size,
+            NodeKind::Dir { .. } => 0,
+        };
+        let range = offset..size.min(offset.saturating_add(buf.len() as u64));
+        let found = match &self.contents[file] {
+            _ if range.end.saturating_sub(offset) < MAPPED => None,
+            Content::Copy(source) => Some((source, offset)),
+            Content::Shard { model, shard } => models[*model].source_of(*shard, range.clone()),
+            Content::Dir | Content::Inline(_) | Content::Index(_) => None,
+        };
+        let Some((source, start)) = found else {
+            let read = self.read_at(file, offset, buf)?;
+            return Ok(f(&buf[..read]));
+        };
+        if let Content::Shard { model, shard } = self.contents[file] {
+            self.go_ahead(file, model, shard, range.clone());
+        }
+        let len = range.end - range.start;
+        engine.counters.source.add(len);
+        let shown = engine.files.with_bytes(source, start, len, f)?;
+        engine.counters.output.add(len);
+        Ok(shown)
+    }
+
     /// Notes how many bytes the kernel reads around what its readers want: nothing is encoded ahead of a
     /// reader that has read no more than that in a row.
     pub fn expect_readahead(&self, bytes: u64) {
@@ -358,25 +401,28 @@ impl View {
         }
         if let Some(next) = self.streams.follow(file, range, window) {
             let Shared { models, engine } = &*self.shared;
-            let chunks = models[model].chunks_across(engine, shard, next);
-            let chunks: Vec<_> =
-                chunks.map(|(weight, chunk)| Chunk { model, weight, chunk }).collect();
+            let batches = models[model].batches_across(engine, shard, next);
+            let jobs: Vec<Job> = batches.map(|batch| (model, batch)).collect();
             let [fetching, encoding] = self.workers.get_or_init(|| self.start_workers());
-            fetching.offer(chunks.iter().copied());
-            encoding.offer(chunks);
+            let is_due = |(_, batch): &&Job| !models[model].is_fetched(engine, batch);
+            fetching.offer(jobs.iter().filter(is_due).cloned());
+            // Of as much as that, the kernel asks for the rest while some is encoded: its requests keep every
+            // core busy, and their codes are made where the reply is sent from.
+            if self.streams.readahead() < ENOUGH * self.cores as u64 {
+                encoding.offer(jobs);
+            }
         }
     }
     /// Threads that have the source of chunks read, and as many as there are cores that encode them.
-    fn start_workers(&self) -> [Workers<Chunk>; 2] {
-        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    fn start_workers(&self) -> [Workers<Job>; 2] {
         let [fetching, encoding] = [(); 2].map(|()| self.shared.clone());
         [
-            Workers::start(FETCHERS, move |Chunk { model, weight, chunk }| {
-                fetching.models[model].fetch(&fetching.engine, weight, chunk);
+            Workers::start(FETCHERS, move |(model, batch): Job| {
+                fetching.models[model].fetch(&fetching.engine, &batch);
             }),
-            Workers::start(threads, move |Chunk { model, weight, chunk }| {
-                // Whoever reads the chunk meets the error, if it is still there.
-                let _ = encoding.models[model].prepare(&encoding.engine, weight, chunk);
+            Workers::start(self.cores, move |(model, batch): Job| {
+                // Whoever reads the chunks meets the error, if it is still there.
+                let _ = encoding.models[model].prepare(&encoding.engine, &batch);
             }),
         ]
     }

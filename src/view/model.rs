@@ -19,7 +19,8 @@ use crate::format::{Content, Format, Item, Plan, Weight, json_with};
 use crate::quant::{self, Grid, Importance, Isa, Reals, Survey, Tile};
 use crate::recipe::{Job, Request};
 use crate::source::{
-    Checkpoint, Edit, ImportanceFile, SourceFiles, Tensor, TensorId, Window, edited, edited_within,
+    Checkpoint, Edit, ImportanceFile, SourceFile, SourceFiles, Tensor, TensorId, Window, edited,
+    edited_within,
 };
 use crate::threads::{self, cpu_ns};
 
@@ -36,6 +37,17 @@ pub struct Model {
     /// What `Model`'s weights count from in the view's cache.
     first_weight: u32,
 }
+
+/// Chunks of a weight that follow one another in one slab.
+#[derive(Clone, Debug)]
+pub(super) struct Batch {
+    weight: usize,
+    chunks: Range<u64>,
+}
+
+/// Bytes of source, decoded, that chunks are encoded from together, more or less: what is to be done once for all of
+/// them is then little.
+const BATCH: u64 = 4 << 20;
 
 /// What reads need beside the model itself; one for the whole view.
 #[derive(Debug)]
@@ -249,6 +261,21 @@ impl Model {
         Ok(())
     }
 
+    /// The file of the source that has a range of a virtual shard as it is shown, and where it starts there.
+    pub(super) fn source_of(
+        &self,
+        shard: usize,
+        range: Range<u64>,
+    ) -> Option<(&Arc<SourceFile>, u64)> {
+        let mut pieces = self.shards[shard].pieces(range);
+        let (Some(Piece::Item(id, range)), None) = (pieces.next(), pieces.next()) else {
+            return None;
+        };
+        let item = &self.plan.items[id];
+        matches!(item.content, Content::Source)
+            .then(|| self.checkpoint.place(item.tensor, range.start))
+    }
+
     /// A range of an item as ranges of the part of each weight that it shows.
     fn runs<'a>(
         &'a self,
@@ -274,18 +301,36 @@ impl Model {
     ) -> Result<()> {
         let grid = self.grid(weight, engine.budget.chunk);
         let end = offset + out.len() as u64;
+        // Where nobody encodes ahead, nobody reads through the kernel, which keeps what it read.
+        let is_kept_elsewhere = part == 0 && engine.budget.ahead > 0;
         let mut rest = out;
-        for chunk in grid.chunk_at(part, offset)..=grid.chunk_at(part, end - 1) {
+        let mut next = grid.chunk_at(part, offset);
+        let last = grid.chunk_at(part, end - 1);
+        while next <= last {
+            let chunk = next;
             let range = grid.range(part, chunk);
             let first = offset.max(range.start);
+            if is_kept_elsewhere && first == range.start {
+                // The last one may go on beyond what was asked for.
+                let whole = if grid.range(part, last).end > end { last } else { last + 1 };
+                let chunks = chunk..whole.min(self.batch_end(weight, &grid, chunk));
+                if let Some(claim) = engine.cache.claim(&self.keys(weight, chunks)) {
+                    next += claim.len() as u64;
+                    let len = (grid.range(part, next - 1).end - first) as usize;
+                    let (out, after) = rest.split_at_mut(len);
+                    rest = after;
+                    claim.land(self.encode_batch(engine, weight, chunk..next, Some(out))?);
+                    continue;
+                }
+            }
+            next += 1;
             let (out, after) = rest.split_at_mut((end.min(range.end) - first) as usize);
             rest = after;
             let key = self.key(weight, chunk);
             let bytes = engine.cache.get(key, part, || self.encode(engine, weight, chunk))?;
             let skipped = (first - range.start) as usize;
             out.copy_from_slice(&bytes[skipped..skipped + out.len()]);
-            // Where nobody encodes ahead, nobody reads through the kernel, which keeps what it read.
-            if part == 0 && engine.budget.ahead > 0 {
+            if is_kept_elsewhere {
                 engine.cache.spend(key, out.len());
             }
         }
@@ -312,84 +357,156 @@ impl Model {
         parts.try_for_each(|(part, bytes)| put(part, grid.range(part, chunk).start, bytes))
     }
 
-    /// Encodes a chunk into the cache unless it is there.
-    pub(super) fn prepare(&self, engine: &Engine, weight: usize, chunk: u64) -> Result<()> {
-        engine.cache.prepare(self.key(weight, chunk), || self.encode(engine, weight, chunk))
+    /// Encodes those chunks of a batch into the cache that are not there.
+    pub(super) fn prepare(&self, engine: &Engine, batch: &Batch) -> Result<()> {
+        let Batch { weight, chunks } = batch;
+        let keys = self.keys(*weight, chunks.clone());
+        let mut at = 0;
+        while let Some((before, claim)) = engine.cache.claim_due(&keys[at..]) {
+            let first = at + before;
+            at = first + claim.len();
+            let chunks = chunks.start + first as u64..chunks.start + at as u64;
+            claim.land(self.encode_batch(engine, *weight, chunks, None)?);
+        }
+        Ok(())
     }
 
-    /// The weights and chunks whose codes lie in a range that starts in a virtual shard and may end
-    /// beyond it, in the next one: whoever reads a shard to its end goes on there. Scales come with
-    /// the codes that stand before them.
-    pub(super) fn chunks_across(
+    /// The chunks whose codes lie in a range that starts in a virtual shard and may end beyond it, in the
+    /// next one: whoever reads a shard to its end goes on there. Scales come with the codes that stand
+    /// before them.
+    pub(super) fn batches_across(
         &self,
         engine: &Engine,
         shard: usize,
         range: Range<u64>,
-    ) -> impl Iterator<Item = (usize, u64)> {
+    ) -> impl Iterator<Item = Batch> {
         let beyond = range.end.saturating_sub(self.shards[shard].len());
         let next = (shard + 1 < self.shards.len() && beyond > 0)
-            .then(|| self.chunks_of(engine, shard + 1, 0..beyond));
-        self.chunks_of(engine, shard, range).chain(next.into_iter().flatten())
+            .then(|| self.batches_of(engine, shard + 1, 0..beyond));
+        self.batches_of(engine, shard, range).chain(next.into_iter().flatten())
     }
 
-    fn chunks_of(
+    fn batches_of(
         &self,
         engine: &Engine,
         shard: usize,
         range: Range<u64>,
-    ) -> impl Iterator<Item = (usize, u64)> {
+    ) -> impl Iterator<Item = Batch> {
         let shard = &self.shards[shard];
         let range = range.start.min(shard.len())..range.end.min(shard.len());
         let chunk_bytes = engine.budget.chunk;
-        let chunks = move |piece| match piece {
+        let batches = move |piece| match piece {
             Piece::Item(id, range) => match self.plan.items[id].content {
                 Content::Part { part: 0, .. } | Content::Stacked { part: 0, .. } => {
                     let runs = self.runs(&self.plan.items[id], range);
                     Some(runs.flat_map(move |(weight, range)| {
                         let grid = self.grid(weight, chunk_bytes);
-                        let chunks =
-                            grid.chunk_at(0, range.start)..=grid.chunk_at(0, range.end - 1);
-                        chunks.map(move |chunk| (weight, chunk))
+                        let mut next = grid.chunk_at(0, range.start);
+                        let end = grid.chunk_at(0, range.end - 1) + 1;
+                        std::iter::from_fn(move || {
+                            let first = next;
+                            (first < end).then(|| {
+                                next = end.min(self.batch_end(weight, &grid, first));
+                                Batch { weight, chunks: first..next }
+                            })
+                        })
                     }))
                 }
                 _ => None,
             },
             Piece::Header(_) => None,
         };
-        shard.pieces(range).filter_map(chunks).flatten()
+        shard.pieces(range).filter_map(batches).flatten()
     }
 
     /// Encodes every part of one chunk in one pass over its source.
     fn encode(&self, engine: &Engine, weight: usize, chunk: u64) -> Result<Vec<Buffer>> {
+        let mut made = self.encode_batch(engine, weight, chunk..chunk + 1, None)?;
+        Ok(made.pop().expect("one chunk"))
+    }
+
+    /// The parts of some chunks of one slab, whose source is shown once for all. If there is a place for
+    /// their codes, those are written there, and those returned are empty.
+    fn encode_batch(
+        &self,
+        engine: &Engine,
+        weight: usize,
+        chunks: Range<u64>,
+        mut place: Option<&mut [u8]>,
+    ) -> Result<Vec<Vec<Buffer>>> {
         let survey = self.survey(engine, weight)?;
-        let key = self.key(weight, chunk);
         let grid = self.grid(weight, engine.budget.chunk);
-        let mut numbers = Vec::new();
-        let importance = self.importance_of(engine, weight, &grid.window(chunk), &mut numbers)?;
-        let weight = self.plan.weights[weight];
-        let tensor = &self.checkpoint.catalog()[weight.tensor];
-        let mut parts = weight.parts(tensor);
-        let mut buffers: Vec<Buffer> = (0..parts.len())
-            .map(|part| grid.range(part, chunk))
-            .map(|range| engine.buffers.take((range.end - range.start) as usize))
-            .collect();
-        self.with_tile(engine, weight.tensor, &grid, chunk, |tile| {
-            let mut out: Vec<&mut [u8]> =
-                buffers.iter_mut().map(|buffer| &mut buffer[..]).collect();
-            let tile = Tile { importance, ..*tile };
-            weight.encode(engine.isa, &tile, &survey, &mut out);
-        })?;
-        let scalar = weight.scheme.scalar_bytes(tensor.dtype, &survey);
-        parts.extend(weight.scheme.scalar(tensor.dtype));
-        let bytes = buffers.iter().map(|buffer| &buffer[..]).chain([&scalar[..]]);
-        let bytes: Vec<&[u8]> = bytes.take(parts.len()).collect();
-        if weight.scheme.is_spoilt(&parts, &bytes) {
-            engine.spoilt.note(key.0, || {
-                let shard = self.checkpoint.shards()[tensor.shard()].file.name();
-                format!("{shard}: `{}` holds a NaN or an infinity", tensor.name)
-            });
+        let (planned, key) = (self.plan.weights[weight], self.key(weight, chunks.start));
+        let tensor = &self.checkpoint.catalog()[planned.tensor];
+        let mut parts = planned.parts(tensor);
+        // Codes that stand in one place are made in one go.
+        let step = if place.is_some() { chunks.end - chunks.start } else { 1 };
+        let firsts = chunks.clone().step_by(step as usize);
+        let whole = grid.window_of(chunks.clone());
+        let made = self.with_tile(engine, planned.tensor, &grid, whole, |tile| {
+            firsts
+                .map(|first| {
+                    let window = grid.window_of(first..first + step);
+                    let mut numbers = Vec::new();
+                    let importance = self.importance_of(engine, weight, &window, &mut numbers)?;
+                    let mut buffers: Vec<Buffer> = (0..parts.len())
+                        .map(|part| {
+                            grid.range(part, first).start..grid.range(part, first + step - 1).end
+                        })
+                        .map(|range| (range.end - range.start) as usize)
+                        .enumerate()
+                        .map(|(part, len)| match (part, &place) {
+                            (0, Some(_)) => Buffer::from(Vec::new()),
+                            (_, Some(_)) => engine.buffers.lend(len),
+                            (_, None) => engine.buffers.take(len),
+                        })
+                        .collect();
+                    let mut out: Vec<&mut [u8]> =
+                        buffers.iter_mut().map(|buffer| &mut buffer[..]).collect();
+                    if let Some(place) = place.as_deref_mut() {
+                        out[0] = place;
+                    }
+                    let row = (window.first_row - whole.first_row) as usize;
+                    let col = (window.first_col - whole.first_col) as usize;
+                    let size = (window.rows as usize, window.cols as usize);
+                    let tile = Tile { importance, ..tile.part((row, col), size) };
+                    planned.encode(engine.isa, &tile, &survey, &mut out);
+                    Ok(buffers)
+                })
+                .collect::<Result<Vec<_>>>()
+        })??;
+        let scalar = planned.scheme.scalar_bytes(tensor.dtype, &survey);
+        parts.extend(planned.scheme.scalar(tensor.dtype));
+        for buffers in &made {
+            let bytes = buffers.iter().map(|buffer| &buffer[..]).chain([&scalar[..]]);
+            let mut bytes: Vec<&[u8]> = bytes.take(parts.len()).collect();
+            if let Some(place) = place.as_deref() {
+                bytes[0] = place;
+            }
+            if planned.scheme.is_spoilt(&parts, &bytes) {
+                engine.spoilt.note(key.0, || {
+                    let shard = self.checkpoint.shards()[tensor.shard()].file.name();
+                    format!("{shard}: `{}` holds a NaN or an infinity", tensor.name)
+                });
+            }
         }
-        Ok(buffers)
+        if place.is_none() {
+            return Ok(made);
+        }
+        let split = |chunk| {
+            let cut = |(part, bytes): (usize, &Buffer)| {
+                let (start, range) =
+                    (grid.range(part, chunks.start).start, grid.range(part, chunk));
+                let bytes = if part == 0 {
+                    &[]
+                } else {
+                    &bytes[(range.start - start) as usize..(range.end - start) as usize]
+                };
+                Buffer::from(bytes.to_vec())
+            };
+            made[0].iter().enumerate().map(cut).collect()
+        };
+        Ok(chunks.clone().map(split).collect())
     }
 
     /// What the errors of a window of a weight count for. `numbers` lends the memory.
@@ -426,7 +543,7 @@ impl Model {
                         }
                         false => None,
                     };
-                    self.with_tile(engine, tensor, &grid, chunk, |tile| {
+                    self.with_tile(engine, tensor, &grid, grid.window(chunk), |tile| {
                         let tile = Tile { importance, ..*tile };
                         scheme.survey(engine.isa, &tile, &mut survey);
                     })?;
@@ -448,27 +565,46 @@ impl Model {
         weight.grid(&self.checkpoint.catalog()[weight.tensor], chunk_bytes)
     }
 
-    /// Has the source of a chunk read into the kernel's page cache, and waits for it, unless
-    /// [`prepare`](Self::prepare) would not read it.
-    pub(super) fn fetch(&self, engine: &Engine, weight: usize, chunk: u64) {
-        if !engine.cache.is_due(self.key(weight, chunk)) {
-            return;
-        }
-        let window = source_window(&self.grid(weight, engine.budget.chunk), chunk);
-        self.checkpoint.fetch_window(&engine.files, self.plan.weights[weight].tensor, &window);
+    /// Where a batch ends that starts with a chunk: so that its source is about [`BATCH`] bytes, or one
+    /// chunk.
+    fn batch_end(&self, weight: usize, grid: &Grid, first: u64) -> u64 {
+        let tensor = &self.checkpoint.catalog()[self.plan.weights[weight].tensor];
+        let quant::Window { rows, cols, .. } = grid.window(first);
+        let bytes = rows * cols * tensor.dtype.bitsize() as u64 / 8;
+        grid.slab_end(first).min(first + (BATCH / bytes).max(1))
     }
 
-    /// Calls `f` with the source of one chunk.
+    /// Has the source of a batch read into the kernel's page cache, and waits for it.
+    pub(super) fn fetch(&self, engine: &Engine, batch: &Batch) {
+        let (tensor, window) = self.source_of_batch(engine, batch);
+        self.checkpoint.fetch_window(&engine.files, tensor, &window);
+    }
+
+    /// Whether to [`fetch`](Self::fetch) a batch is of use: somebody may encode it, and waits for its
+    /// source then.
+    pub(super) fn is_fetched(&self, engine: &Engine, batch: &Batch) -> bool {
+        let (tensor, window) = self.source_of_batch(engine, batch);
+        !engine.cache.is_due(self.key(batch.weight, batch.chunks.start))
+            || self.checkpoint.is_fetched(&engine.files, tensor, &window)
+    }
+
+    fn source_of_batch(&self, engine: &Engine, batch: &Batch) -> (TensorId, Window) {
+        let grid = self.grid(batch.weight, engine.budget.chunk);
+        let window = source_window(&grid, grid.window_of(batch.chunks.clone()));
+        (self.plan.weights[batch.weight].tensor, window)
+    }
+
+    /// Calls `f` with the source of a window.
     fn with_tile<T>(
         &self,
         engine: &Engine,
         tensor: TensorId,
         grid: &Grid,
-        chunk: u64,
+        window: quant::Window,
         f: impl FnOnce(&Tile<'_>) -> T,
     ) -> Result<T> {
         let dtype = self.checkpoint.catalog()[tensor].dtype;
-        let window = source_window(grid, chunk);
+        let window = source_window(grid, window);
         engine.counters.source.add(self.checkpoint.window_len(tensor, &window));
         let begun = cpu_ns(ClockId::ThreadCPUTime);
         let (isa, files) = (engine.isa, &engine.files);
@@ -481,15 +617,19 @@ impl Model {
         made
     }
 
+    fn keys(&self, weight: usize, chunks: Range<u64>) -> Vec<ChunkKey> {
+        chunks.map(|chunk| self.key(weight, chunk)).collect()
+    }
+
     fn key(&self, weight: usize, chunk: u64) -> ChunkKey {
         let weight = self.first_weight + u32::try_from(weight).expect("weights were counted");
         (weight, u32::try_from(chunk).expect("a weight has fewer than 2^32 chunks"))
     }
 }
 
-/// What a chunk is encoded from.
-fn source_window(grid: &Grid, chunk: u64) -> Window {
+/// A window of a weight's 2-D view as one of its tensor.
+fn source_window(grid: &Grid, window: quant::Window) -> Window {
     let (_, width) = grid.view();
-    let quant::Window { first_row, rows, first_col, cols } = grid.window(chunk);
+    let quant::Window { first_row, rows, first_col, cols } = window;
     Window { width, first_row, rows, first_col, cols }
 }

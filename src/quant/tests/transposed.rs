@@ -170,7 +170,7 @@ fn windows_of_whole_channels_are_bounded() {
             (0..grid.chunks()).map(|k| bytes(grid.window(k))).max()
         };
         assert_eq!(most(scheme.survey_grid(Dtype::BF16, &shape, 1 << 20)), Some(1 << 20));
-        assert_eq!(most(scheme.grid(Dtype::BF16, &shape, 1 << 20)), Some(4 << 20));
+        assert_eq!(most(scheme.grid(Dtype::BF16, &shape, 1 << 20)), Some(8 << 20));
         assert_eq!(most(scheme.grid(Dtype::BF16, &shape, 1)), Some(4096 * 32 * 2), "the least");
     }
 }
