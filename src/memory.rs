@@ -29,20 +29,6 @@ pub fn give_back() {
     }
 }
 
-/// Has all threads of this process allocate from one heap, which the kernel is asked to grow a megabyte at
-/// a time: a heap of a thread's own grows by a page with a system call each. For a process whose threads
-/// seldom allocate.
-#[cfg_attr(target_env = "gnu", expect(unsafe_code, reason = "a call into the C library"))]
-pub fn share_heap() {
-    #[cfg(target_env = "gnu")]
-    for (parameter, value) in [(libc::M_ARENA_MAX, 1), (libc::M_TOP_PAD, 1 << 20)] {
-        // SAFETY: it sets a number that the allocator reads, under the allocator's own lock.
-        unsafe {
-            libc::mallopt(parameter, value);
-        }
-    }
-}
-
 /// The lowest limit of the memory control groups that `groups`, the text of `/proc/self/cgroup`,
 /// names, and of those above them, as far as `mounts`, the text of `/proc/self/mountinfo`, shows
 /// them.

@@ -68,7 +68,6 @@ pub fn run(
     options: &Options,
     ready: &mut dyn FnMut(Ready) -> Result<()>,
 ) -> Result<()> {
-    memory::share_heap();
     let mountpoint = preflight::check(&options.mountpoint, options.allow_other)?;
     let view = Arc::new(open()?);
     memory::give_back();
