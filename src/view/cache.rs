@@ -27,7 +27,7 @@ const GONE: NonZeroUsize = NonZeroUsize::new(2048).expect("2048 is not zero");
 ///
 /// The first part of a chunk, its codes, and the rest are evicted apart, each by least recent use.
 /// A sequential reader meets all codes of a weight before the first of its scales, and a chunk must
-/// not be encoded twice for that: scales outlive the codes that they were made with. Codes of which as
+/// not be encoded twice for that: scales outlive the codes that they were made with. Parts of which as
 /// many bytes were read as there are, are spent ([`spend`](Self::spend)): another cache has them now,
 /// and their memory, which the processor's caches still hold, is used for the next chunks. So are codes
 /// that whoever made them has delivered himself, which are never kept. Those that have gone so are not
@@ -166,13 +166,18 @@ impl Cache {
         self.state.lock().is_due(key)
     }
 
-    /// Notes that so many bytes of the codes of a chunk were read, and won't be soon again.
-    pub(super) fn spend(&self, key: ChunkKey, bytes: usize) {
+    /// Notes that so many bytes of one part of a chunk were read, and won't be soon again.
+    pub(super) fn spend(&self, key: ChunkKey, part: usize, bytes: usize) {
         let mut evicted = Vec::new();
         let mut state = self.state.lock();
-        let State { kept: [codes, _], spent, spent_bytes, gone, .. } = &mut *state;
-        let Some(buffer) = codes.parts.peek(&(key, 0)) else { return };
+        let State { kept, spent, spent_bytes, gone, .. } = &mut *state;
+        let kept = &mut kept[class(part)];
+        let Some(buffer) = kept.parts.peek(&(key, part)) else { return };
         if !buffer.spend(bytes) {
+            return;
+        }
+        if part > 0 {
+            evicted.extend(kept.pop(key, part));
             return;
         }
         spent.push_back((key, buffer.len() as u64));
@@ -181,10 +186,7 @@ impl Cache {
             let (oldest, len) = spent.pop_front().expect("bytes are those of the codes spent");
             *spent_bytes -= len;
             gone.push(oldest, ());
-            if let Some(buffer) = codes.parts.pop(&(oldest, 0)) {
-                codes.bytes -= buffer.len() as u64;
-                evicted.push(buffer);
-            }
+            evicted.extend(kept.pop(oldest, 0));
         }
         drop(state);
         drop(evicted);
@@ -276,6 +278,12 @@ impl State {
 }
 
 impl Kept {
+    fn pop(&mut self, key: ChunkKey, part: usize) -> Option<Arc<Buffer>> {
+        let buffer = self.parts.pop(&(key, part))?;
+        self.bytes -= buffer.len() as u64;
+        Some(buffer)
+    }
+
     fn push(
         &mut self,
         key: (ChunkKey, usize),
@@ -405,25 +413,27 @@ mod tests {
             cache.get((0, chunk), 0, || Ok(codes(chunk))).expect("made");
         }
         for chunk in [2, 0, 1] {
-            cache.spend((0, chunk), 3 << 18);
+            cache.spend((0, chunk), 0, 3 << 18);
         }
         assert_eq!(cache.usage().0, 4 + 4 * (7 << 18), "none was read whole");
         for chunk in [2, 0, 1] {
-            cache.spend((0, chunk), 4 << 18);
+            cache.spend((0, chunk), 0, 4 << 18);
         }
-        cache.spend((9, 9), 1);
+        cache.spend((9, 9), 0, 1);
         assert_eq!(cache.usage().0, 4 + 3 * (7 << 18), "4 MiB hold two that are spent");
         for (chunk, kept) in [(0, true), (1, true), (2, false), (3, true)] {
             let gone = || Err(error::stale("gone"));
             assert_eq!(cache.get((0, chunk), 0, gone).is_ok(), kept, "{chunk}");
-            assert!(cache.get((0, chunk), 1, gone).is_ok(), "scales are spent by nobody");
+            assert!(cache.get((0, chunk), 1, gone).is_ok(), "scales are not spent with codes");
         }
         // The failed `get` has shown that the second was needed after all.
         cache.get((0, 2), 0, || Ok(codes(2))).expect("made");
-        cache.spend((0, 2), 7 << 18);
-        cache.spend((0, 3), 7 << 18);
+        cache.spend((0, 2), 0, 7 << 18);
+        cache.spend((0, 3), 0, 7 << 18);
         assert!(!cache.is_due((0, 0)), "it is gone");
         assert!(!cache.is_due((0, 2)), "it is kept");
+        cache.spend((0, 2), 1, 1);
+        assert!(cache.get((0, 2), 1, || Err(error::stale("gone"))).is_err(), "scales go at once");
     }
 
     #[test]

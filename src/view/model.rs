@@ -302,7 +302,7 @@ impl Model {
         let grid = self.grid(weight, engine.budget.chunk);
         let end = offset + out.len() as u64;
         // Where nobody encodes ahead, nobody reads through the kernel, which keeps what it read.
-        let is_kept_elsewhere = part == 0 && engine.budget.ahead > 0;
+        let is_kept_elsewhere = engine.budget.ahead > 0;
         let mut rest = out;
         let mut next = grid.chunk_at(part, offset);
         let last = grid.chunk_at(part, end - 1);
@@ -310,7 +310,7 @@ impl Model {
             let chunk = next;
             let range = grid.range(part, chunk);
             let first = offset.max(range.start);
-            if is_kept_elsewhere && first == range.start {
+            if is_kept_elsewhere && part == 0 && first == range.start {
                 // The last one may go on beyond what was asked for.
                 let whole = if grid.range(part, last).end > end { last } else { last + 1 };
                 let chunks = chunk..whole.min(self.batch_end(weight, &grid, chunk));
@@ -331,7 +331,7 @@ impl Model {
             let skipped = (first - range.start) as usize;
             out.copy_from_slice(&bytes[skipped..skipped + out.len()]);
             if is_kept_elsewhere {
-                engine.cache.spend(key, out.len());
+                engine.cache.spend(key, part, out.len());
             }
         }
         Ok(())
