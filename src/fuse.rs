@@ -209,7 +209,7 @@ impl Kernel {
         if let Err(error) = outcome {
             self.counters.errors.fetch_add(1, Ordering::Relaxed);
             self.log(file, &error);
-            // Of a source that changed while it was shown, the kernel has what it got.
+            // None is left where sending it panicked.
             if let Some(reply) = reply {
                 reply.error(errno(error.kind()));
             }

@@ -125,6 +125,27 @@ fn a_shard_truncated_under_its_readers_gives_them_no_wrong_byte() {
 }
 
 #[test]
+fn a_truncated_shard_is_not_shown() {
+    let dir = tempfile::tempdir().expect("a directory");
+    support::llama(dir.path());
+    let path = dir.path().join(SHARDS[1]);
+    let stored = fs::read(&path).expect("read");
+    age(&path);
+    let dense = Request { format: "dense".to_owned(), ..Request::default() };
+    let view = View::open(dir.path(), &dense, Budget::default()).expect("a model");
+    let file = node(&view, SHARDS[1]);
+    let mut buf = vec![0; stored.len()];
+    let shown = view.show_at(file, 5, &mut buf, |bytes| bytes == &stored[5..]);
+    assert!(shown.expect("shown"), "other bytes");
+    assert!(buf.iter().all(|byte| *byte == 0), "a map was shown");
+    truncate(&path, 200_000);
+    for _ in 0..2 {
+        let shown = view.show_at(file, 5, &mut buf, |_| panic!("shown"));
+        assert_eq!(shown.expect_err("checked").kind(), ErrorKind::Stale);
+    }
+}
+
+#[test]
 fn a_deleted_replaced_or_overwritten_shard_is_an_error() {
     let changes: [fn(&Path); 3] = [
         |path| fs::remove_file(path).expect("removed"),

@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::fs::File;
+use std::hint::black_box;
 use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -227,6 +228,42 @@ impl SourceFiles {
         len: u64,
         f: impl FnOnce(&[u8]) -> T,
     ) -> Result<T> {
+        self.with_map(source, start, len, |open, bytes| {
+            let out = f(bytes);
+            open.verify()?;
+            Ok(out)
+        })
+    }
+
+    /// As [`with_bytes`](Self::with_bytes), for an `f` whose doings can't be dropped: it is shown the range
+    /// when all of it has been read and the file was whole after that.
+    ///
+    /// # Errors
+    /// As those of [`with_bytes`](Self::with_bytes), with `f` not called.
+    pub fn with_read_bytes<T>(
+        &self,
+        source: &Arc<SourceFile>,
+        start: u64,
+        len: u64,
+        f: impl FnOnce(&[u8]) -> T,
+    ) -> Result<T> {
+        self.with_map(source, start, len, |open, bytes| {
+            // A byte of every page; the least that a page can have.
+            const PAGE: usize = 4096;
+            let ends = bytes.last().into_iter();
+            black_box(bytes.iter().step_by(PAGE).chain(ends).fold(0, |all, byte| all ^ byte));
+            open.verify()?;
+            Ok(f(bytes))
+        })
+    }
+
+    fn with_map<T>(
+        &self,
+        source: &Arc<SourceFile>,
+        start: u64,
+        len: u64,
+        f: impl FnOnce(&OpenFile, &[u8]) -> Result<T>,
+    ) -> Result<T> {
         let open = self.get(source)?;
         // A file that is known to have shrunk isn't touched at all.
         open.verify()?;
@@ -237,8 +274,7 @@ impl SourceFiles {
             // sees. Advice, which fails without consequence.
             let _ = map.advise_range(memmap2::Advice::WillNeed, range.start, range.len());
         }
-        let out = f(&map[range.clone()]);
-        open.verify()?;
+        let out = f(&open, &map[range.clone()])?;
         if !range.is_empty() {
             self.linger(&open, &range);
         }

@@ -350,8 +350,7 @@ impl View {
     /// in one piece, as many as are worth it, and else in `buf`.
     ///
     /// # Errors
-    /// As those of [`read_at`](Self::read_at). Of a source that changed meanwhile, `f` has been shown what
-    /// may be its old bytes or its new ones.
+    /// As those of [`read_at`](Self::read_at), with `f` not called.
     pub fn show_at<T>(
         &self,
         file: NodeId,
@@ -380,7 +379,7 @@ impl View {
         }
         let len = range.end - range.start;
         engine.counters.source.add(len);
-        let shown = engine.files.with_bytes(source, start, len, f)?;
+        let shown = engine.files.with_read_bytes(source, start, len, f)?;
         engine.counters.output.add(len);
         Ok(shown)
     }
