@@ -1,6 +1,7 @@
 //! One checkpoint of a view, planned: its shards laid out, its chunks encoded on demand.
 
 use std::hash::Hasher;
+use std::iter;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -319,7 +320,7 @@ impl Model {
                     let len = (grid.range(part, next - 1).end - first) as usize;
                     let (out, after) = rest.split_at_mut(len);
                     rest = after;
-                    claim.land(self.encode_batch(engine, weight, chunk..next, Some(out))?);
+                    claim.land(self.encode_into(engine, weight, chunk..next, out)?);
                     continue;
                 }
             }
@@ -366,7 +367,7 @@ impl Model {
             let first = at + before;
             at = first + claim.len();
             let chunks = chunks.start + first as u64..chunks.start + at as u64;
-            claim.land(self.encode_batch(engine, *weight, chunks, None)?);
+            claim.land(self.encode_batch(engine, *weight, chunks)?);
         }
         Ok(())
     }
@@ -421,92 +422,66 @@ impl Model {
 
     /// Encodes every part of one chunk in one pass over its source.
     fn encode(&self, engine: &Engine, weight: usize, chunk: u64) -> Result<Vec<Buffer>> {
-        let mut made = self.encode_batch(engine, weight, chunk..chunk + 1, None)?;
+        let mut made = self.encode_batch(engine, weight, chunk..chunk + 1)?;
         Ok(made.pop().expect("one chunk"))
     }
 
-    /// The parts of some chunks of one slab, whose source is shown once for all. If there is a place for
-    /// their codes, those are written there, and those returned are empty.
+    /// The parts of some chunks of one slab, whose source is shown once for all.
     fn encode_batch(
         &self,
         engine: &Engine,
         weight: usize,
         chunks: Range<u64>,
-        mut place: Option<&mut [u8]>,
     ) -> Result<Vec<Vec<Buffer>>> {
-        let survey = self.survey(engine, weight)?;
-        let grid = self.grid(weight, engine.budget.chunk);
-        let (planned, key) = (self.plan.weights[weight], self.key(weight, chunks.start));
-        let tensor = &self.checkpoint.catalog()[planned.tensor];
-        let mut parts = planned.parts(tensor);
-        // Codes that stand in one place are made in one go.
-        let step = if place.is_some() { chunks.end - chunks.start } else { 1 };
-        let firsts = chunks.clone().step_by(step as usize);
-        let whole = grid.window_of(chunks.clone());
-        let made = self.with_tile(engine, planned.tensor, &grid, whole, |tile| {
-            firsts
-                .map(|first| {
-                    let window = grid.window_of(first..first + step);
-                    let mut numbers = Vec::new();
-                    let importance = self.importance_of(engine, weight, &window, &mut numbers)?;
-                    let mut buffers: Vec<Buffer> = (0..parts.len())
-                        .map(|part| {
-                            grid.range(part, first).start..grid.range(part, first + step - 1).end
-                        })
-                        .map(|range| (range.end - range.start) as usize)
-                        .enumerate()
-                        .map(|(part, len)| match (part, &place) {
-                            (0, Some(_)) => Buffer::from(Vec::new()),
-                            (_, Some(_)) => engine.buffers.lend(len),
-                            (_, None) => engine.buffers.take(len),
-                        })
-                        .collect();
-                    let mut out: Vec<&mut [u8]> =
-                        buffers.iter_mut().map(|buffer| &mut buffer[..]).collect();
-                    if let Some(place) = place.as_deref_mut() {
-                        out[0] = place;
-                    }
-                    let row = (window.first_row - whole.first_row) as usize;
-                    let col = (window.first_col - whole.first_col) as usize;
-                    let size = (window.rows as usize, window.cols as usize);
-                    let tile = Tile { importance, ..tile.part((row, col), size) };
-                    planned.encode(engine.isa, &tile, &survey, &mut out);
-                    Ok(buffers)
-                })
-                .collect::<Result<Vec<_>>>()
+        let encoding = Encoding::new(self, engine, weight)?;
+        let made = encoding.with_tile(&chunks, |tile| {
+            let each = chunks.clone().map(|chunk| {
+                let chunk = chunk..chunk + 1;
+                let lens = encoding.parts().map(|part| encoding.range(part, &chunk).len());
+                let mut buffers: Vec<Buffer> = lens.map(|len| engine.buffers.take(len)).collect();
+                let mut out: Vec<&mut [u8]> =
+                    buffers.iter_mut().map(|buffer| &mut buffer[..]).collect();
+                encoding.encode(&chunk, &encoding.cut(tile, &chunks, &chunk), &mut out)?;
+                Ok(buffers)
+            });
+            each.collect::<Result<Vec<_>>>()
         })??;
-        let scalar = planned.scheme.scalar_bytes(tensor.dtype, &survey);
-        parts.extend(planned.scheme.scalar(tensor.dtype));
         for buffers in &made {
-            let bytes = buffers.iter().map(|buffer| &buffer[..]).chain([&scalar[..]]);
-            let mut bytes: Vec<&[u8]> = bytes.take(parts.len()).collect();
-            if let Some(place) = place.as_deref() {
-                bytes[0] = place;
-            }
-            if planned.scheme.is_spoilt(&parts, &bytes) {
-                engine.spoilt.note(key.0, || {
-                    let shard = self.checkpoint.shards()[tensor.shard()].file.name();
-                    format!("{shard}: `{}` holds a NaN or an infinity", tensor.name)
-                });
-            }
+            let (codes, others) = buffers.split_first().expect("codes are the first part");
+            encoding.note_spoilt(codes, others);
         }
-        if place.is_none() {
-            return Ok(made);
-        }
-        let split = |chunk| {
+        Ok(made)
+    }
+
+    /// Encodes some chunks of one slab in one pass over their source: their codes into `codes`, which are
+    /// empty in what is returned.
+    fn encode_into(
+        &self,
+        engine: &Engine,
+        weight: usize,
+        chunks: Range<u64>,
+        codes: &mut [u8],
+    ) -> Result<Vec<Vec<Buffer>>> {
+        let encoding = Encoding::new(self, engine, weight)?;
+        let small = || encoding.parts().skip(1);
+        let mut others: Vec<Buffer> =
+            small().map(|part| engine.buffers.lend(encoding.range(part, &chunks).len())).collect();
+        encoding.with_tile(&chunks, |tile| {
+            let others = others.iter_mut().map(|buffer| &mut buffer[..]);
+            let mut out: Vec<&mut [u8]> = iter::once(&mut *codes).chain(others).collect();
+            encoding.encode(&chunks, tile, &mut out)
+        })??;
+        encoding.note_spoilt(codes, &others);
+        let of_chunk = |chunk: u64| {
             let cut = |(part, bytes): (usize, &Buffer)| {
-                let (start, range) =
-                    (grid.range(part, chunks.start).start, grid.range(part, chunk));
-                let bytes = if part == 0 {
-                    &[]
-                } else {
-                    &bytes[(range.start - start) as usize..(range.end - start) as usize]
-                };
-                Buffer::from(bytes.to_vec())
+                let start = encoding.range(part, &chunks).start;
+                let Range { start: first, end } = encoding.range(part, &(chunk..chunk + 1));
+                Buffer::from(bytes[first - start..end - start].to_vec())
             };
-            made[0].iter().enumerate().map(cut).collect()
+            let others = small().zip(&others).map(cut);
+            iter::once(Buffer::from(Vec::new())).chain(others).collect()
         };
-        Ok(chunks.clone().map(split).collect())
+        Ok(chunks.clone().map(of_chunk).collect())
     }
 
     /// What the errors of a window of a weight count for. `numbers` lends the memory.
@@ -624,6 +599,84 @@ impl Model {
     fn key(&self, weight: usize, chunk: u64) -> ChunkKey {
         let weight = self.first_weight + u32::try_from(weight).expect("weights were counted");
         (weight, u32::try_from(chunk).expect("a weight has fewer than 2^32 chunks"))
+    }
+}
+
+/// A weight that is being encoded, with what must be known of all of it.
+struct Encoding<'a> {
+    model: &'a Model,
+    engine: &'a Engine,
+    weight: usize,
+    grid: Grid,
+    survey: Arc<Survey>,
+}
+
+impl<'a> Encoding<'a> {
+    fn new(model: &'a Model, engine: &'a Engine, weight: usize) -> Result<Self> {
+        let survey = model.survey(engine, weight)?;
+        let grid = model.grid(weight, engine.budget.chunk);
+        Ok(Self { model, engine, weight, grid, survey })
+    }
+
+    fn planned(&self) -> (&'a Weight, &'a Tensor) {
+        let weight = &self.model.plan.weights[self.weight];
+        (weight, &self.model.checkpoint.catalog()[weight.tensor])
+    }
+
+    /// The parts that chunks are made of, codes first.
+    fn parts(&self) -> Range<usize> {
+        let (weight, tensor) = self.planned();
+        0..weight.parts(tensor).len()
+    }
+
+    /// The bytes of a part that some chunks make.
+    fn range(&self, part: usize, chunks: &Range<u64>) -> Range<usize> {
+        let [first, last] =
+            [chunks.start, chunks.end - 1].map(|chunk| self.grid.range(part, chunk));
+        first.start as usize..last.end as usize
+    }
+
+    /// Calls `f` with the source of some chunks of one slab.
+    fn with_tile<T>(&self, chunks: &Range<u64>, f: impl FnOnce(&Tile<'_>) -> T) -> Result<T> {
+        let (weight, _) = self.planned();
+        let window = self.grid.window_of(chunks.clone());
+        self.model.with_tile(self.engine, weight.tensor, &self.grid, window, f)
+    }
+
+    /// The source of some chunks, within that of more of them.
+    fn cut<'t>(&self, tile: &Tile<'t>, of: &Range<u64>, chunks: &Range<u64>) -> Tile<'t> {
+        let [all, some] = [of, chunks].map(|chunks| self.grid.window_of(chunks.clone()));
+        let first = (some.first_row - all.first_row, some.first_col - all.first_col);
+        tile.part((first.0 as usize, first.1 as usize), (some.rows as usize, some.cols as usize))
+    }
+
+    /// Encodes all parts of some chunks from their source.
+    fn encode(&self, chunks: &Range<u64>, tile: &Tile<'_>, out: &mut [&mut [u8]]) -> Result<()> {
+        let Self { model, engine, weight, .. } = *self;
+        let window = self.grid.window_of(chunks.clone());
+        let mut numbers = Vec::new();
+        let importance = model.importance_of(engine, weight, &window, &mut numbers)?;
+        let (weight, _) = self.planned();
+        weight.encode(engine.isa, &Tile { importance, ..*tile }, &self.survey, out);
+        Ok(())
+    }
+
+    /// Notes it if the bytes of all parts show that their source has a NaN or an infinity.
+    fn note_spoilt(&self, codes: &[u8], others: &[Buffer]) {
+        let (weight, tensor) = self.planned();
+        let scheme = weight.scheme;
+        let mut parts = weight.parts(tensor);
+        parts.extend(scheme.scalar(tensor.dtype));
+        let scalar = scheme.scalar_bytes(tensor.dtype, &self.survey);
+        let others = others.iter().map(|buffer| &buffer[..]).chain([&scalar[..]]);
+        let bytes: Vec<&[u8]> = iter::once(codes).chain(others).take(parts.len()).collect();
+        if scheme.is_spoilt(&parts, &bytes) {
+            let (weight, _) = self.model.key(self.weight, 0);
+            self.engine.spoilt.note(weight, || {
+                let shard = self.model.checkpoint.shards()[tensor.shard()].file.name();
+                format!("{shard}: `{}` holds a NaN or an infinity", tensor.name)
+            });
+        }
     }
 }
 
