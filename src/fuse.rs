@@ -115,7 +115,7 @@ struct Kernel {
     null: bool,
     reads: Reads,
     /// What reads are answered from, each of the size of the largest that it was used for; as many as
-    /// ever ran at the same time.
+    /// there are cores.
     buffers: Mutex<Vec<Vec<u8>>>,
     counters: Arc<Counters>,
     /// When the errors of a file were last logged, and how many were not since.
@@ -214,7 +214,11 @@ impl Kernel {
                 reply.error(errno(error.kind()));
             }
         }
-        self.buffers.lock().push(buffer);
+        let mut buffers = self.buffers.lock();
+        if buffers.len() < self.reads.cores {
+            buffers.push(buffer);
+        }
+        drop(buffers);
         for line in self.view.news() {
             tracing::warn!("{line}");
         }

@@ -314,7 +314,7 @@ impl Model {
             if is_kept_elsewhere && part == 0 && first == range.start {
                 // The last one may go on beyond what was asked for.
                 let whole = if grid.range(part, last).end > end { last } else { last + 1 };
-                let chunks = chunk..whole.min(self.batch_end(weight, &grid, chunk));
+                let chunks = chunk..whole.min(self.batch_end(engine.budget, weight, &grid, chunk));
                 if let Some(claim) = engine.cache.claim(&self.keys(weight, chunks)) {
                     next += claim.len() as u64;
                     let len = (grid.range(part, next - 1).end - first) as usize;
@@ -395,19 +395,19 @@ impl Model {
     ) -> impl Iterator<Item = Batch> {
         let shard = &self.shards[shard];
         let range = range.start.min(shard.len())..range.end.min(shard.len());
-        let chunk_bytes = engine.budget.chunk;
+        let budget = engine.budget;
         let batches = move |piece| match piece {
             Piece::Item(id, range) => match self.plan.items[id].content {
                 Content::Part { part: 0, .. } | Content::Stacked { part: 0, .. } => {
                     let runs = self.runs(&self.plan.items[id], range);
                     Some(runs.flat_map(move |(weight, range)| {
-                        let grid = self.grid(weight, chunk_bytes);
+                        let grid = self.grid(weight, budget.chunk);
                         let mut next = grid.chunk_at(0, range.start);
                         let end = grid.chunk_at(0, range.end - 1) + 1;
                         std::iter::from_fn(move || {
                             let first = next;
                             (first < end).then(|| {
-                                next = end.min(self.batch_end(weight, &grid, first));
+                                next = end.min(self.batch_end(budget, weight, &grid, first));
                                 Batch { weight, chunks: first..next }
                             })
                         })
@@ -540,13 +540,13 @@ impl Model {
         weight.grid(&self.checkpoint.catalog()[weight.tensor], chunk_bytes)
     }
 
-    /// Where a batch ends that starts with a chunk: so that its source is about [`BATCH`] bytes, or one
-    /// chunk.
-    fn batch_end(&self, weight: usize, grid: &Grid, first: u64) -> u64 {
+    /// Where a batch ends that starts with a chunk: so that its source is about [`BATCH`] bytes, or what a
+    /// small budget has room for, or one chunk.
+    fn batch_end(&self, budget: Budget, weight: usize, grid: &Grid, first: u64) -> u64 {
         let tensor = &self.checkpoint.catalog()[self.plan.weights[weight].tensor];
         let quant::Window { rows, cols, .. } = grid.window(first);
         let bytes = rows * cols * tensor.dtype.bitsize() as u64 / 8;
-        grid.slab_end(first).min(first + (BATCH / bytes).max(1))
+        grid.slab_end(first).min(first + (BATCH.min(budget.cache / 16) / bytes).max(1))
     }
 
     /// Has the source of a batch read into the kernel's page cache, and waits for it.
