@@ -200,7 +200,7 @@ impl Kernel {
         // A panic here would end the thread, and soon the mount. The view's locks don't poison and
         // its caches publish nothing that isn't whole.
         let read = || match self.null {
-            true => answer(&into[..self.due(file, offset, len)]),
+            true => answer(&into[..self.view.due(file, offset, len)]),
             false => self.view.show_at(file, offset, into, answer).flatten(),
         };
         let outcome = catch_unwind(AssertUnwindSafe(read))
@@ -224,17 +224,9 @@ impl Kernel {
         }
     }
 
-    /// How many of the bytes that were asked for a file has.
-    fn due(&self, file: NodeId, offset: u64, len: usize) -> usize {
-        match self.view.tree().nodes()[file].kind {
-            NodeKind::File { size } => size.saturating_sub(offset).min(len as u64) as usize,
-            NodeKind::Dir { .. } => 0,
-        }
-    }
-
     /// To the kernel a short reply means that the file has shrunk, for good.
     fn check_whole(&self, file: NodeId, offset: u64, len: usize, read: usize) -> Result<()> {
-        let due = self.due(file, offset, len);
+        let due = self.view.due(file, offset, len);
         if read == due {
             return Ok(());
         }
@@ -441,7 +433,7 @@ struct Read {
 
 /// Which reads are running, and which wait.
 ///
-/// As many run at a time as there are cores, each thread one after the other: what a read has encoded is
+/// As many run at a time as there are cores, and each thread does one after the other: what a read has encoded is
 /// still in its core's own cache when it is sent. One that takes longer is counted no more, for it may wait
 /// for its source. Only some of a session's threads may read nevertheless, and not all of those one file:
 /// metadata calls, and files whose source answers, always find a thread. The reads beyond that wait here,

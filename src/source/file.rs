@@ -360,8 +360,7 @@ impl SourceFiles {
         self.scratch.bytes.clone()
     }
 
-    /// Whether [`fetch`](Self::fetch) would have something to wait for, as far as the ends of the range
-    /// tell.
+    /// Whether [`fetch`](Self::fetch) would have nothing to wait for, as far as the ends of the range tell.
     pub(super) fn is_fetched(&self, (source, start, len): Part<'_>) -> bool {
         let is_there =
             |map: &Mmap| [start, start + len - 1].iter().all(|at| is_in_memory(map, *at as usize));

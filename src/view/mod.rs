@@ -310,6 +310,14 @@ impl View {
         })
     }
 
+    /// How many of `len` bytes from `offset` on a file has; a directory has none.
+    pub fn due(&self, file: NodeId, offset: u64, len: usize) -> usize {
+        match self.tree.nodes()[file].kind {
+            NodeKind::File { size } => size.saturating_sub(offset).min(len as u64) as usize,
+            NodeKind::Dir { .. } => 0,
+        }
+    }
+
     /// Fills `buf` from `offset` of a file and returns how many bytes that were: all of `buf`, or
     /// what is left of the file. Never short elsewhere: the kernel takes a short read to mean that
     /// the file shrank.
@@ -318,10 +326,10 @@ impl View {
     /// `Invalid` for a directory; `Stale` or `Io` where the source can't be read any more. `buf`
     /// then holds nothing of use.
     pub fn read_at(&self, file: NodeId, offset: u64, buf: &mut [u8]) -> Result<usize> {
-        let NodeKind::File { size } = self.tree.nodes()[file].kind else {
+        if let NodeKind::Dir { .. } = self.tree.nodes()[file].kind {
             return Err(error::invalid("a directory can't be read"));
-        };
-        let len = size.saturating_sub(offset).min(buf.len() as u64) as usize;
+        }
+        let len = self.due(file, offset, buf.len());
         if len == 0 {
             return Ok(0);
         }
@@ -359,13 +367,10 @@ impl View {
         f: impl FnOnce(&[u8]) -> T,
     ) -> Result<T> {
         let Shared { models, engine } = &*self.shared;
-        let size = match self.tree.nodes()[file].kind {
-            NodeKind::File { size } => size,
-            NodeKind::Dir { .. } => 0,
-        };
-        let range = offset..size.min(offset.saturating_add(buf.len() as u64));
+        let len = self.due(file, offset, buf.len()) as u64;
+        let range = offset..offset + len;
         let found = match &self.contents[file] {
-            _ if range.end.saturating_sub(offset) < MAPPED => None,
+            _ if len < MAPPED => None,
             Content::Copy(source) => Some((source, offset)),
             Content::Shard { model, shard } => models[*model].source_of(*shard, range.clone()),
             Content::Dir | Content::Inline(_) | Content::Index(_) => None,
@@ -375,9 +380,8 @@ impl View {
             return Ok(f(&buf[..read]));
         };
         if let Content::Shard { model, shard } = self.contents[file] {
-            self.go_ahead(file, model, shard, range.clone());
+            self.go_ahead(file, model, shard, range);
         }
-        let len = range.end - range.start;
         engine.counters.source.add(len);
         let shown = engine.files.with_read_bytes(source, start, len, f)?;
         engine.counters.output.add(len);
@@ -412,6 +416,7 @@ impl View {
             }
         }
     }
+
     /// Threads that have the source of chunks read, and as many as there are cores that encode them.
     fn start_workers(&self) -> [Workers<Job>; 2] {
         let [fetching, encoding] = [(); 2].map(|()| self.shared.clone());

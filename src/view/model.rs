@@ -17,7 +17,7 @@ use super::survey::Surveys;
 use super::{Budget, Counters};
 use crate::error::Result;
 use crate::format::{Content, Format, Item, Plan, Weight, json_with};
-use crate::quant::{self, Grid, Importance, Isa, Reals, Survey, Tile};
+use crate::quant::{self, Grid, Importance, Isa, Part, Reals, Survey, Tile};
 use crate::recipe::{Job, Request};
 use crate::source::{
     Checkpoint, Edit, ImportanceFile, SourceFile, SourceFiles, Tensor, TensorId, Window, edited,
@@ -437,7 +437,7 @@ impl Model {
         let made = encoding.with_tile(&chunks, |tile| {
             let each = chunks.clone().map(|chunk| {
                 let chunk = chunk..chunk + 1;
-                let lens = encoding.parts().map(|part| encoding.range(part, &chunk).len());
+                let lens = (0..encoding.parts.len()).map(|part| encoding.range(part, &chunk).len());
                 let mut buffers: Vec<Buffer> = lens.map(|len| engine.buffers.take(len)).collect();
                 let mut out: Vec<&mut [u8]> =
                     buffers.iter_mut().map(|buffer| &mut buffer[..]).collect();
@@ -463,9 +463,8 @@ impl Model {
         codes: &mut [u8],
     ) -> Result<Vec<Vec<Buffer>>> {
         let encoding = Encoding::new(self, engine, weight)?;
-        let small = || encoding.parts().skip(1);
-        let mut others: Vec<Buffer> =
-            small().map(|part| engine.buffers.lend(encoding.range(part, &chunks).len())).collect();
+        let lens = (1..encoding.parts.len()).map(|part| encoding.range(part, &chunks).len());
+        let mut others: Vec<Buffer> = lens.map(|len| engine.buffers.lend(len)).collect();
         encoding.with_tile(&chunks, |tile| {
             let others = others.iter_mut().map(|buffer| &mut buffer[..]);
             let mut out: Vec<&mut [u8]> = iter::once(&mut *codes).chain(others).collect();
@@ -478,7 +477,7 @@ impl Model {
                 let Range { start: first, end } = encoding.range(part, &(chunk..chunk + 1));
                 Buffer::from(bytes[first - start..end - start].to_vec())
             };
-            let others = small().zip(&others).map(cut);
+            let others = (1..).zip(&others).map(cut);
             iter::once(Buffer::from(Vec::new())).chain(others).collect()
         };
         Ok(chunks.clone().map(of_chunk).collect())
@@ -555,8 +554,8 @@ impl Model {
         self.checkpoint.fetch_window(&engine.files, tensor, &window);
     }
 
-    /// Whether to [`fetch`](Self::fetch) a batch is of use: somebody may encode it, and waits for its
-    /// source then.
+    /// Whether to [`fetch`](Self::fetch) a batch is of no use: its source seems to be there, or is not
+    /// needed, as [`prepare`](Self::prepare) would not read it.
     pub(super) fn is_fetched(&self, engine: &Engine, batch: &Batch) -> bool {
         let (tensor, window) = self.source_of_batch(engine, batch);
         !engine.cache.is_due(self.key(batch.weight, batch.chunks.start))
@@ -609,24 +608,22 @@ struct Encoding<'a> {
     weight: usize,
     grid: Grid,
     survey: Arc<Survey>,
+    /// Those that chunks are made of, codes first.
+    parts: Vec<Part>,
 }
 
 impl<'a> Encoding<'a> {
     fn new(model: &'a Model, engine: &'a Engine, weight: usize) -> Result<Self> {
         let survey = model.survey(engine, weight)?;
         let grid = model.grid(weight, engine.budget.chunk);
-        Ok(Self { model, engine, weight, grid, survey })
+        let planned = &model.plan.weights[weight];
+        let parts = planned.parts(&model.checkpoint.catalog()[planned.tensor]);
+        Ok(Self { model, engine, weight, grid, survey, parts })
     }
 
     fn planned(&self) -> (&'a Weight, &'a Tensor) {
         let weight = &self.model.plan.weights[self.weight];
         (weight, &self.model.checkpoint.catalog()[weight.tensor])
-    }
-
-    /// The parts that chunks are made of, codes first.
-    fn parts(&self) -> Range<usize> {
-        let (weight, tensor) = self.planned();
-        0..weight.parts(tensor).len()
     }
 
     /// The bytes of a part that some chunks make.
@@ -665,7 +662,7 @@ impl<'a> Encoding<'a> {
     fn note_spoilt(&self, codes: &[u8], others: &[Buffer]) {
         let (weight, tensor) = self.planned();
         let scheme = weight.scheme;
-        let mut parts = weight.parts(tensor);
+        let mut parts = self.parts.clone();
         parts.extend(scheme.scalar(tensor.dtype));
         let scalar = scheme.scalar_bytes(tensor.dtype, &self.survey);
         let others = others.iter().map(|buffer| &buffer[..]).chain([&scalar[..]]);
