@@ -86,8 +86,18 @@ struct Cast<'a, E: Element, T: Element> {
 impl<E: Element, T: Element> Kernel for Cast<'_, E, T> {
     #[inline(always)]
     fn run(self) {
-        for (out, &raw) in self.out.chunks_exact_mut(T::SIZE).zip(self.row) {
-            T::store(T::round(E::widen(raw)), out);
+        let Self { mut row, mut out, .. } = self;
+        if E::PER_LANE == 2 && T::PER_LANE == 2 {
+            let (pairs, last) = row.as_chunks::<2>();
+            let (outs, rest) = out.as_chunks_mut::<4>();
+            for (out, &pair) in outs.iter_mut().zip(pairs) {
+                let [first, second] = E::widen_pair(pair);
+                *out = (T::narrow(first) | T::narrow(second) << 16).to_le_bytes();
+            }
+            (row, out) = (last, rest);
+        }
+        for (out, &raw) in out.chunks_exact_mut(T::SIZE).zip(row) {
+            out.copy_from_slice(&T::narrow(E::widen(raw)).to_le_bytes()[..T::SIZE]);
         }
     }
 }

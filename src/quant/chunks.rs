@@ -1,10 +1,12 @@
 //! Codes of groups that are too short for a loop of their own.
 
 use super::isa::prefetch;
-use super::tile::{Element, widen};
+use super::tile::Element;
 
 /// Weights that are coded together. Groups are whole chunks.
 pub(super) const CHUNK: usize = 32;
+
+const PAIRS: usize = CHUNK / 2;
 
 /// Weights that go through a step together: so few that they stay in the first-level cache, with the
 /// row that is fetched meanwhile.
@@ -17,8 +19,6 @@ pub(super) struct Chunks<P> {
     len: usize,
     /// Of each chunk, where a group has several.
     params: Vec<P>,
-    /// Of a block, where the compiler can't widen a chunk and code it at once.
-    values: Aligned<[f32; BLOCK]>,
     /// In lanes as wide as those that they are found in: those of a chunk would be narrowed one by
     /// one.
     codes: Aligned<[u32; BLOCK]>,
@@ -33,7 +33,7 @@ impl<P: Copy + Default> Chunks<P> {
     /// For groups of `len` weights, a multiple of `CHUNK`, in rows of `cols`.
     pub(super) fn new(len: usize, cols: usize) -> Self {
         let params = vec![P::default(); if len == CHUNK { 0 } else { cols / CHUNK }];
-        Self { len, params, values: Aligned([0.0; BLOCK]), codes: Aligned([0; BLOCK]) }
+        Self { len, params, codes: Aligned([0; BLOCK]) }
     }
 
     /// Writes `code(weight, of_its_group)` for each weight of a row, and fetches the next one into the
@@ -56,27 +56,34 @@ impl<P: Copy + Default> Chunks<P> {
         };
         let rows = row.chunks(BLOCK).zip(next.chunks(BLOCK)).zip(out.chunks_mut(BLOCK));
         for (((row, next), out), params) in rows.zip(params.chunks(BLOCK / CHUNK)) {
-            let codes = self.codes.0.as_chunks_mut::<CHUNK>().0.iter_mut().zip(params);
-            let codes = codes.zip(next.as_chunks::<CHUNK>().0);
-            if E::WIDENS_AT_ONCE {
+            if E::PER_LANE == 2 {
+                let chunks = row.as_chunks::<CHUNK>().0;
+                let pairs = self.codes.0.as_chunks_mut::<PAIRS>().0.iter_mut().zip(params);
+                for (((pairs, param), next), chunk) in
+                    pairs.zip(next.as_chunks::<CHUNK>().0).zip(chunks)
+                {
+                    prefetch(next);
+                    for (out, &pair) in pairs.iter_mut().zip(chunk.as_chunks::<2>().0) {
+                        let [first, second] = E::widen_pair(pair);
+                        let (first, second) = (code(first, *param), code(second, *param));
+                        *out = u32::from(first) | u32::from(second) << 8;
+                    }
+                }
+                for (pair, out) in self.codes.0.iter().zip(out.as_chunks_mut::<2>().0) {
+                    *out = (*pair as u16).to_le_bytes();
+                }
+            } else {
+                let codes = self.codes.0.as_chunks_mut::<CHUNK>().0.iter_mut().zip(params);
+                let codes = codes.zip(next.as_chunks::<CHUNK>().0);
                 for (((codes, param), next), chunk) in codes.zip(row.as_chunks::<CHUNK>().0) {
                     prefetch(next);
                     for (out, &raw) in codes.iter_mut().zip(chunk) {
                         *out = code(E::widen(raw), *param).into();
                     }
                 }
-            } else {
-                widen::<E>(row, &mut self.values.0);
-                let chunks = self.values.0.as_chunks::<CHUNK>().0;
-                for (((codes, param), next), chunk) in codes.zip(chunks) {
-                    prefetch(next);
-                    for (out, &x) in codes.iter_mut().zip(chunk) {
-                        *out = code(x, *param).into();
-                    }
+                for (code, out) in self.codes.0.iter().zip(out) {
+                    *out = *code as u8;
                 }
-            }
-            for (code, out) in self.codes.0.iter().zip(out) {
-                *out = *code as u8;
             }
         }
     }
@@ -86,7 +93,7 @@ impl<P: Copy + Default> Chunks<P> {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Rows<'a, R> {
     pub(super) row: &'a [R],
-    next: &'a [R],
+    pub(super) next: &'a [R],
 }
 
 impl<'a, R> Rows<'a, R> {

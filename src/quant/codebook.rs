@@ -18,12 +18,13 @@
 
 use crate::dtype::Dtype;
 
+use super::chunks::Rows;
 use super::codebook_refine::Refiner;
 use super::codebook_search::Search;
 use super::extremes::short_magnitude;
 use super::grid::{Axis, Grid, PartBytes};
 use super::importance::Importance;
-use super::isa::{Isa, Kernel};
+use super::isa::{Isa, Kernel, prefetch};
 use super::nested::{self, SCALES};
 use super::shape::{matrix, part};
 use super::survey::Survey;
@@ -434,9 +435,11 @@ impl<E: Element> Kernel for Encode<'_, E> {
                     }
                 }
             }
-            let batches = run.chunks(batch * block).zip(scales.chunks(batch));
-            for ((xs, scales), codes) in batches.zip(codes.chunks_mut(batch * block / 2)) {
-                encoder.encode::<E>(xs, scales, codes);
+            let batches = scales.chunks(batch).zip(codes.chunks_mut(batch * block / 2));
+            for (k, (scales, codes)) in batches.enumerate() {
+                let len = 2 * codes.len();
+                let source = &self.source[(i * blocks + k * batch) * block..];
+                encoder.encode::<E>(Rows::new(source, (len, blocks * block), 0), scales, codes);
             }
         }
     }
@@ -448,8 +451,8 @@ struct Encoder {
     block: usize,
     /// One over the scale of each chunk of a run.
     reciprocals: Vec<f32>,
-    /// The codes of a run, in lanes as wide as those that they are found in: every outcome of a
-    /// comparison would be narrowed by itself.
+    /// The codes of a run, or pairs of them, in lanes as wide as those that they are found in: every
+    /// outcome of a comparison would be narrowed by itself.
     codes: Vec<u32>,
 }
 
@@ -461,14 +464,11 @@ impl Encoder {
     }
 
     #[inline(always)]
-    fn encode<E: Element>(&mut self, run: &[E::Raw], scales: &[f32], packed: &mut [u8]) {
+    fn encode<E: Element>(&mut self, runs: Rows<'_, E::Raw>, scales: &[f32], packed: &mut [u8]) {
         if self.block.is_multiple_of(32) {
-            self.find::<E, 32>(run, scales);
+            self.find::<E, 32, 16>(runs, scales, packed);
         } else {
-            self.find::<E, 4>(run, scales);
-        }
-        for (byte, [first, second]) in packed.iter_mut().zip(self.codes.as_chunks::<2>().0) {
-            *byte = (first << 4 | second) as u8;
+            self.find::<E, 4, 2>(runs, scales, packed);
         }
         if self.codebook == Codebook::Fp4 {
             for (packed, scale) in packed.chunks_mut(self.block / 2).zip(scales) {
@@ -481,9 +481,14 @@ impl Encoder {
     }
 
     /// Finds the codes of a run in chunks of `N`, of which a block is a multiple: a block is too
-    /// short for a loop of its own.
+    /// short for a loop of its own. `N` is twice `PAIRS`.
     #[inline(always)]
-    fn find<E: Element, const N: usize>(&mut self, run: &[E::Raw], scales: &[f32]) {
+    fn find<E: Element, const N: usize, const PAIRS: usize>(
+        &mut self,
+        runs: Rows<'_, E::Raw>,
+        scales: &[f32],
+        packed: &mut [u8],
+    ) {
         const NF4: Staircase = Codebook::Nf4.staircase();
         const FP4: Staircase = Codebook::Fp4.staircase();
         let reciprocal = |scale: f32| 1.0 / if scale < 1e-38 { 1e-38 } else { scale };
@@ -496,36 +501,65 @@ impl Encoder {
                 chunks.fill(reciprocal(scale));
             }
         }
+        // No need to clamp: beyond the last midpoint all is the last entry. A NaN is beyond none.
         match self.codebook {
-            // A NaN is beyond no midpoint.
-            Codebook::Nf4 => self.find_by::<E, N>(run, |y| NF4.below(y)),
-            Codebook::Fp4 => self.find_by::<E, N>(run, |y| FP4.fp4(y)),
+            Codebook::Nf4 => self.find_by::<E, N, PAIRS>(runs, packed, |y| NF4.below(y)),
+            Codebook::Fp4 => self.find_by::<E, N, PAIRS>(runs, packed, |y| FP4.fp4(y)),
         }
     }
 
     #[inline(always)]
-    fn find_by<E: Element, const N: usize>(&mut self, run: &[E::Raw], code: impl Fn(f32) -> u32) {
-        // No need to clamp: beyond the last midpoint all is the last entry.
-        let (chunks, rest) = run.as_chunks::<N>();
-        let found = chunks.iter().zip(self.codes.as_chunks_mut::<N>().0);
-        for ((chunk, codes), &reciprocal) in found.zip(&self.reciprocals) {
-            *codes = map(chunk, |raw| code(E::widen(raw) * reciprocal));
-        }
-        for (&raw, out) in rest.iter().zip(&mut self.codes[chunks.len() * N..]) {
-            *out = code(E::widen(raw) * self.reciprocals[chunks.len()]);
+    fn find_by<E: Element, const N: usize, const PAIRS: usize>(
+        &mut self,
+        runs: Rows<'_, E::Raw>,
+        packed: &mut [u8],
+        code: impl Fn(f32) -> u32,
+    ) {
+        let Self { reciprocals, codes, .. } = self;
+        let Rows { row, next } = runs;
+        if E::PER_LANE == 2 {
+            let pairs = Rows { row: row.as_chunks::<2>().0, next: next.as_chunks::<2>().0 };
+            find_chunks::<_, PAIRS>(pairs, reciprocals, codes, |pair, reciprocal| {
+                let [first, second] = E::widen_pair(pair);
+                code(first * reciprocal) << 4 | code(second * reciprocal)
+            });
+            for (byte, pair) in packed.iter_mut().zip(codes) {
+                *byte = *pair as u8;
+            }
+        } else {
+            find_chunks::<_, N>(runs, reciprocals, codes, |raw, reciprocal| {
+                code(E::widen(raw) * reciprocal)
+            });
+            for (byte, [first, second]) in packed.iter_mut().zip(codes.as_chunks::<2>().0) {
+                *byte = (*first << 4 | *second) as u8;
+            }
         }
     }
 }
 
-/// As the method of arrays, which compilers may leave a call of code without a kernel's
-/// instructions.
+/// Writes the code of each of a run, in chunks of a length that the compiler knows, given one over the
+/// scale of each chunk.
 #[inline(always)]
-fn map<T: Copy, const N: usize>(chunk: &[T; N], f: impl Fn(T) -> u32) -> [u32; N] {
-    let mut out = [0; N];
-    for (out, &x) in out.iter_mut().zip(chunk) {
-        *out = f(x);
+fn find_chunks<T: Copy, const N: usize>(
+    Rows { row, next }: Rows<'_, T>,
+    reciprocals: &[f32],
+    out: &mut [u32],
+    code: impl Fn(T, f32) -> u32,
+) {
+    let (chunks, rest) = row.as_chunks::<N>();
+    let sources = chunks.iter().zip(next.as_chunks::<N>().0);
+    let outs = out.as_chunks_mut::<N>().0.iter_mut().zip(reciprocals);
+    for ((chunk, next), (out, &reciprocal)) in sources.zip(outs) {
+        if size_of_val(next) >= 64 {
+            prefetch(next);
+        }
+        for (out, &x) in out.iter_mut().zip(chunk) {
+            *out = code(x, reciprocal);
+        }
     }
-    out
+    for (out, &x) in out[chunks.len() * N..].iter_mut().zip(rest) {
+        *out = code(x, reciprocals[chunks.len()]);
+    }
 }
 
 #[cfg(test)]

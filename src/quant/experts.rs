@@ -19,7 +19,7 @@ use crate::dtype::Dtype;
 
 use super::grid::{Axis, Grid, PartBytes};
 use super::importance::Importance;
-use super::isa::{Isa, Kernel};
+use super::isa::{Isa, Kernel, prefetch};
 use super::minifloat::{E2M1_MAX, E8M0_NAN, e2m1, e2m1_rounded, e2m1_value, e8m0_value, within};
 use super::shape::{is_real, stripe_bytes};
 use super::tile::{Element, Tile, for_element};
@@ -124,34 +124,66 @@ impl<E: Element> Kernel for Encode<'_, E> {
         let groups = self.rows / GROUP;
         let (codes, _) = self.codes.as_chunks_mut::<{ GROUP / 2 }>();
         let importance = self.importance.map(|importance| importance.of_row(self.rows));
-        let mut weights = [[0.0; LANES]; GROUP];
-        for first in (0..self.cols).step_by(LANES) {
-            let lanes = LANES.min(self.cols - first);
+        // Elements that fill a line of the cache; those of a lane lie apart.
+        let width = LANES * E::PER_LANE;
+        let mut parts = [[[0.0; LANES]; GROUP]; 2];
+        for first in (0..self.cols).step_by(width) {
+            let cols = width.min(self.cols - first);
             for g in 0..groups {
-                for (r, weights) in weights.iter_mut().enumerate() {
-                    let row = &self.source[(g * GROUP + r) * self.stride + first..][..lanes];
-                    for (x, &raw) in weights.iter_mut().zip(row) {
-                        *x = E::widen(raw);
+                for r in 0..GROUP {
+                    let row = &self.source[(g * GROUP + r) * self.stride + first..][..cols];
+                    load::<E>(row, parts.each_mut().map(|part| &mut part[r]));
+                    if let Some(next) =
+                        self.source.get((g * GROUP + GROUP + r) * self.stride + first..)
+                        && let Some(next) = next.first_chunk::<LANES>()
+                    {
+                        prefetch(next);
                     }
                 }
-                let scales = match (self.searched, &importance) {
-                    (false, _) => reference(&weights),
-                    (true, None) => searched(&weights, |_| 1.0),
-                    (true, Some(importance)) => {
-                        let importance = &importance[g * GROUP..][..GROUP];
-                        searched(&weights, |row| importance[row])
-                    }
-                };
-                let words = words(&weights, &scales);
-                for lane in 0..lanes {
-                    let at = (first + lane) * groups + g;
-                    self.scales[at] = scales[lane] as u8;
-                    let out = codes[at].as_chunks_mut::<4>().0;
-                    for (out, words) in out.iter_mut().zip(&words) {
-                        *out = words[lane].to_le_bytes();
+                for (part, weights) in parts[..E::PER_LANE].iter().enumerate() {
+                    let scales = match (self.searched, &importance) {
+                        (false, _) => reference(weights),
+                        (true, None) => searched(weights, |_| 1.0),
+                        (true, Some(importance)) => {
+                            let importance = &importance[g * GROUP..][..GROUP];
+                            searched(weights, |row| importance[row])
+                        }
+                    };
+                    let words = words(weights, &scales);
+                    for (lane, col) in (part..cols).step_by(E::PER_LANE).enumerate() {
+                        let at = (first + col) * groups + g;
+                        self.scales[at] = scales[lane] as u8;
+                        let out = codes[at].as_chunks_mut::<4>().0;
+                        for (out, words) in out.iter_mut().zip(&words) {
+                            *out = words[lane].to_le_bytes();
+                        }
                     }
                 }
             }
+        }
+    }
+}
+
+/// Takes in a row of a group: of those in pairs, the first ones and the second ones.
+#[inline(always)]
+fn load<E: Element>(row: &[E::Raw], [firsts, seconds]: [&mut [f32; LANES]; 2]) {
+    if E::PER_LANE == 2 {
+        let (pairs, rest) = row.as_chunks::<2>();
+        if let Ok(pairs) = <&[[E::Raw; 2]; LANES]>::try_from(pairs) {
+            for ((first, second), &pair) in firsts.iter_mut().zip(seconds).zip(pairs) {
+                [*first, *second] = E::widen_pair(pair);
+            }
+        } else {
+            for ((first, second), &pair) in firsts.iter_mut().zip(seconds).zip(pairs) {
+                [*first, *second] = E::widen_pair(pair);
+            }
+            if let Some(&last) = rest.first() {
+                firsts[pairs.len()] = E::widen(last);
+            }
+        }
+    } else {
+        for (x, &raw) in firsts.iter_mut().zip(row) {
+            *x = E::widen(raw);
         }
     }
 }

@@ -31,10 +31,11 @@
 
 use crate::dtype::Dtype;
 
+use super::chunks::Rows;
 use super::extremes::magnitude;
 use super::grid::Grid;
 use super::importance::Importance;
-use super::isa::{Isa, Kernel};
+use super::isa::{Isa, Kernel, prefetch};
 use super::micro_search::Search;
 use super::minifloat::{
     E2M1_MAX, E4M3_MAX, E4M3_NAN, E8M0_NAN, e2m1, e2m1_down, e2m1_value, e4m3, e4m3_value,
@@ -296,9 +297,10 @@ impl<E: Element> Encode<'_, E> {
         let searched = scheme.quality != Quality::Reference && scheme.float == MicroFloat::E2m1;
         let importance = self.importance.map(|importance| importance.of_row(self.cols));
         let mut search = searched.then(|| Search::new(scheme, global, importance));
-        let mut row_codes = vec![0; self.cols];
-        // A group is too short for a loop of its own, so its scale is spread over its elements.
-        let mut spread = vec![0.0; self.cols];
+        let mut found = vec![0; self.cols / E::PER_LANE];
+        // A group is too short for a loop of its own, so its scale is spread over its lanes.
+        let lanes_of_group = GROUP / E::PER_LANE;
+        let mut spread = vec![0.0; self.cols / E::PER_LANE];
         let groups_of_row = self.cols / GROUP;
         let mut magnitudes = vec![0.0; groups_of_row];
         let mut values = vec![0.0; groups_of_row];
@@ -306,7 +308,8 @@ impl<E: Element> Encode<'_, E> {
         let rows = self.codes.chunks_exact_mut(self.cols * usize::from(bits) / 8);
         let scales = self.scales.chunks_exact_mut(self.cols / GROUP);
         for (r, (codes, scales)) in rows.zip(scales).enumerate() {
-            let row = &self.source[r * self.stride..][..self.cols];
+            let rows = Rows::new(self.source, (self.cols, self.stride), r);
+            let row = rows.row;
             let groups = row.as_chunks::<GROUP>().0;
             // Of a length unknown to the compiler, or it would do many groups at a time, gathered
             // weight by weight.
@@ -332,23 +335,24 @@ impl<E: Element> Encode<'_, E> {
                     _ => reciprocal,
                 };
             }
-            for (spread, factor) in spread.chunks_exact_mut(group).zip(&factors) {
+            for (spread, factor) in spread.chunks_exact_mut(lanes_of_group).zip(&factors) {
                 // Whole vectors, which a fill of unknown length would not be.
-                for part in spread.as_chunks_mut::<16>().0 {
-                    *part = [*factor; 16];
+                for part in spread.as_chunks_mut::<8>().0 {
+                    *part = [*factor; 8];
                 }
             }
-            encode_row::<E>(&scheme, row, &spread, &mut row_codes);
+            encode_row::<E>(&scheme, rows, &spread, &mut found, codes);
             if !all_moderate {
-                let out = row_codes.as_chunks_mut::<GROUP>().0;
+                let out = codes.chunks_exact_mut(GROUP * usize::from(bits) / 8);
                 for ((group, out), scale) in groups.iter().zip(out).zip(scales) {
                     let scale = scheme.scale_value(*scale, global);
                     if !is_moderate(scale) {
-                        encode_odd_group::<E, GROUP>(&scheme, group, scale, out);
+                        let mut codes = [0; GROUP];
+                        encode_odd_group::<E, GROUP>(&scheme, group, scale, &mut codes);
+                        pack(bits, &codes, out);
                     }
                 }
             }
-            pack(bits, &row_codes, codes);
         }
     }
 }
@@ -364,40 +368,92 @@ fn is_moderate(scale: f32) -> bool {
 /// scale that falls short by a part in 2^20 has the quotient's code, and ties have the smaller one.
 const SHORT: f32 = 1.0 - 1.0 / 1_048_576.0;
 
-/// Codes of a row with moderate scales. Given for each element is one over its scale, for with a
+/// Packed codes of a row with moderate scales. Given for each lane is one over its scale, for with a
 /// power of two the product is exact in any element type; of an E4M3 scale and 32 bits the scale
-/// itself.
+/// itself. `found` lends the memory.
 #[inline(always)]
-fn encode_row<E: Element>(scheme: &MicroScheme, row: &[E::Raw], spread: &[f32], out: &mut [u8]) {
+fn encode_row<E: Element>(
+    scheme: &MicroScheme,
+    row: Rows<'_, E::Raw>,
+    spread: &[f32],
+    found: &mut [u32],
+    out: &mut [u8],
+) {
     match (scheme.float, scheme.dialect) {
-        (MicroFloat::E4m3, _) => write::<E>(row, spread, out, |x, r| e4m3_code(x * r)),
+        (MicroFloat::E4m3, _) => {
+            find::<E, 8>(row, spread, found, |x, r| e4m3_code(x * r));
+            for (out, codes) in out.chunks_exact_mut(E::PER_LANE).zip(found) {
+                out.copy_from_slice(&codes.to_le_bytes()[..E::PER_LANE]);
+            }
+            return;
+        }
         (_, MicroDialect::CompressedTensors) => {
-            write::<E>(row, spread, out, |x, r| e2m1_code(x * r));
+            find::<E, 4>(row, spread, found, |x, r| e2m1_code(x * r));
         }
         (_, MicroDialect::MlxPower) => {
-            write::<E>(row, spread, out, |x, r| e2m1_down_code(x * r));
+            find::<E, 4>(row, spread, found, |x, r| e2m1_down_code(x * r));
         }
         (_, MicroDialect::TensorGroup) => {
-            write::<E>(row, spread, out, |x, scale| e2m1_code(x / scale));
+            find::<E, 4>(row, spread, found, |x, scale| e2m1_code(x / scale));
         }
         (_, MicroDialect::MlxE4m3) if E::SIZE == 4 => {
-            write::<E>(row, spread, out, |x, scale| e2m1_down_code(x / scale));
+            find::<E, 4>(row, spread, found, |x, scale| e2m1_down_code(x / scale));
         }
         (_, MicroDialect::MlxE4m3) => {
-            write::<E>(row, spread, out, |x, r| e2m1_down_code(x * r));
+            find::<E, 4>(row, spread, found, |x, r| e2m1_down_code(x * r));
+        }
+    }
+    if E::PER_LANE == 2 {
+        for (out, pair) in out.iter_mut().zip(found) {
+            *out = *pair as u8;
+        }
+    } else {
+        for (out, [first, second]) in out.iter_mut().zip(found.as_chunks::<2>().0) {
+            *out = (first | second << 4) as u8;
         }
     }
 }
 
+/// Writes the codes of a row, one or two of `BITS` to a lane.
 #[inline(always)]
-fn write<E: Element>(
-    row: &[E::Raw],
+fn find<E: Element, const BITS: u32>(
+    Rows { row, next }: Rows<'_, E::Raw>,
     spread: &[f32],
-    out: &mut [u8],
-    code: impl Fn(f32, f32) -> u8,
+    found: &mut [u32],
+    code: impl Fn(f32, f32) -> u32,
 ) {
-    for ((&raw, &scale), out) in row.iter().zip(spread).zip(out) {
-        *out = code(E::widen(raw), scale);
+    if E::PER_LANE == 2 {
+        let pairs = Rows { row: row.as_chunks::<2>().0, next: next.as_chunks::<2>().0 };
+        find_lanes(pairs, spread, found, |pair, scale| {
+            let [first, second] = E::widen_pair(pair);
+            code(first, scale) | code(second, scale) << BITS
+        });
+    } else {
+        find_lanes(Rows { row, next }, spread, found, |raw, scale| code(E::widen(raw), scale));
+    }
+}
+
+#[inline(always)]
+fn find_lanes<T: Copy>(
+    Rows { row, next }: Rows<'_, T>,
+    spread: &[f32],
+    found: &mut [u32],
+    code: impl Fn(T, f32) -> u32,
+) {
+    /// Lanes that fill a line of the cache.
+    const LANES: usize = 16;
+    let (lines, rest) = row.as_chunks::<LANES>();
+    let (spread, spread_rest) = spread.as_chunks::<LANES>();
+    let (found, found_rest) = found.as_chunks_mut::<LANES>();
+    let sources = lines.iter().zip(next.as_chunks::<LANES>().0);
+    for (((line, next), spread), found) in sources.zip(spread).zip(found) {
+        prefetch(next);
+        for ((found, &x), &scale) in found.iter_mut().zip(line).zip(spread) {
+            *found = code(x, scale);
+        }
+    }
+    for ((found, &x), &scale) in found_rest.iter_mut().zip(rest).zip(spread_rest) {
+        *found = code(x, scale);
     }
 }
 
@@ -421,26 +477,27 @@ fn encode_odd_group<E: Element, const GROUP: usize>(
             (MicroFloat::E4m3, _) => e4m3_code(x),
             (MicroFloat::E2m1, true) => e2m1_code(x),
             (MicroFloat::E2m1, false) => e2m1_down_code(x),
-        };
+        } as u8;
     }
 }
 
 #[inline(always)]
-fn e4m3_code(x: f32) -> u8 {
-    e4m3(within(x.abs(), E4M3_MAX).copysign(x))
+fn e4m3_code(x: f32) -> u32 {
+    e4m3(within(x.abs(), E4M3_MAX).copysign(x)).into()
 }
 
 #[inline(always)]
-fn e2m1_code(x: f32) -> u8 {
+fn e2m1_code(x: f32) -> u32 {
     let sign = if x < 0.0 { 8 } else { 0 };
-    (e2m1(within(x.abs(), E2M1_MAX)) | sign) as u8
+    // Of a NaN, too, no more than four bits.
+    (e2m1(within(x.abs(), E2M1_MAX)) & 7) | sign
 }
 
 #[inline(always)]
-fn e2m1_down_code(x: f32) -> u8 {
+fn e2m1_down_code(x: f32) -> u32 {
     // 0.25 itself is rounded to zero, which has no sign.
     let sign = if x < -0.25 { 8 } else { 0 };
-    (e2m1_down(x.abs()) | sign) as u8
+    e2m1_down(x.abs()) | sign
 }
 
 #[cfg(test)]

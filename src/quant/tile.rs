@@ -125,9 +125,8 @@ pub(super) trait Element: Copy {
     /// Bytes of an element.
     const SIZE: usize;
 
-    /// Whether widening is so little that compilers do it for many elements at a time within other
-    /// work on them.
-    const WIDENS_AT_ONCE: bool;
+    /// Elements that fit in 32 bits, where their codes can lie too.
+    const PER_LANE: usize = 4 / Self::SIZE;
 
     /// The distance from 1 to the next larger value. Stands in for a scale of zero.
     const EPSILON: f32;
@@ -141,8 +140,15 @@ pub(super) trait Element: Copy {
     /// The exact value.
     fn widen(raw: Self::Raw) -> f32;
 
+    /// The exact values of two that are stored next to each other. Of many, the first ones and the
+    /// second ones come apart without elements changing lanes.
+    fn widen_pair(pair: [Self::Raw; 2]) -> [f32; 2];
+
     /// `x` rounded to nearest, ties to even; every NaN becomes the canonical one.
     fn round(x: f32) -> f32;
+
+    /// The bit pattern of `round(x)`.
+    fn narrow(x: f32) -> u32;
 
     /// `round(x)` for 2^-14 <= |x| <= 2^15 and not NaN. Smaller values may come out as anything
     /// smaller in magnitude than 2^-13.
@@ -202,7 +208,6 @@ impl Element for Bf16 {
     type Raw = [u8; 2];
     type Bits = i16;
     const SIZE: usize = 2;
-    const WIDENS_AT_ONCE: bool = true;
     const EPSILON: f32 = 1.0 / 128.0;
     const SMALLEST: f32 = f32::MIN_POSITIVE;
 
@@ -217,8 +222,19 @@ impl Element for Bf16 {
     }
 
     #[inline(always)]
+    fn widen_pair([[a, b], [c, d]]: [[u8; 2]; 2]) -> [f32; 2] {
+        let word = u32::from_le_bytes([a, b, c, d]);
+        [f32::from_bits(word << 16), f32::from_bits(word & 0xffff_0000)]
+    }
+
+    #[inline(always)]
     fn round(x: f32) -> f32 {
         if x.is_nan() { NAN } else { Self::round_moderate(x) }
+    }
+
+    #[inline(always)]
+    fn narrow(x: f32) -> u32 {
+        Self::round(x).to_bits() >> 16
     }
 
     #[inline(always)]
@@ -257,11 +273,25 @@ impl Element for Bf16 {
     }
 }
 
+/// The exact value of a binary16's bit pattern.
+#[inline(always)]
+fn widen_f16(bits: u32) -> f32 {
+    let magnitude = (bits & 0x7fff) << 13;
+    let value = if magnitude >= 0x7c00 << 13 {
+        f32::from_bits(magnitude + (224 << 23))
+    } else if magnitude < 0x0400 << 13 {
+        // Subnormal: the significand of 2^-14 (1 + m), less 2^-14. No subnormal f32 arises.
+        f32::from_bits(magnitude + (113 << 23)) - f32::from_bits(113 << 23)
+    } else {
+        f32::from_bits(magnitude + (112 << 23))
+    };
+    f32::from_bits(value.to_bits() | (bits & 0x8000) << 16)
+}
+
 impl Element for F16 {
     type Raw = [u8; 2];
     type Bits = i16;
     const SIZE: usize = 2;
-    const WIDENS_AT_ONCE: bool = false;
     const EPSILON: f32 = 1.0 / 1024.0;
     const SMALLEST: f32 = 1.0 / 16384.0;
 
@@ -272,17 +302,13 @@ impl Element for F16 {
 
     #[inline(always)]
     fn widen(raw: [u8; 2]) -> f32 {
-        let bits = u32::from(u16::from_le_bytes(raw));
-        let magnitude = (bits & 0x7fff) << 13;
-        let value = if magnitude >= 0x7c00 << 13 {
-            f32::from_bits(magnitude + (224 << 23))
-        } else if magnitude < 0x0400 << 13 {
-            // Subnormal: the significand of 2^-14 (1 + m), less 2^-14. No subnormal f32 arises.
-            f32::from_bits(magnitude + (113 << 23)) - f32::from_bits(113 << 23)
-        } else {
-            f32::from_bits(magnitude + (112 << 23))
-        };
-        f32::from_bits(value.to_bits() | (bits & 0x8000) << 16)
+        widen_f16(u16::from_le_bytes(raw).into())
+    }
+
+    #[inline(always)]
+    fn widen_pair([[a, b], [c, d]]: [[u8; 2]; 2]) -> [f32; 2] {
+        let word = u32::from_le_bytes([a, b, c, d]);
+        [widen_f16(word & 0xffff), widen_f16(word >> 16)]
     }
 
     #[inline(always)]
@@ -298,6 +324,18 @@ impl Element for F16 {
         } else {
             Self::round_moderate(x)
         }
+    }
+
+    #[inline(always)]
+    fn narrow(x: f32) -> u32 {
+        let (bits, magnitude) = (x.to_bits(), x.abs());
+        // What rounds to 2^16 or more has a pattern beyond that of infinity.
+        let normal = (Self::round_moderate(magnitude).to_bits() >> 13).wrapping_sub(112 << 10);
+        let normal = if normal > 0x7c00 { 0x7c00 } else { normal };
+        let is_subnormal = magnitude < f32::from_bits(113 << 23);
+        let subnormal = (magnitude + 0.5).to_bits() & 0xffff;
+        let narrowed = if is_subnormal { subnormal } else { normal };
+        if x.is_nan() { 0x7e00 } else { narrowed | (bits >> 16 & 0x8000) }
     }
 
     #[inline(always)]
@@ -350,7 +388,6 @@ impl Element for F32 {
     type Raw = [u8; 4];
     type Bits = i32;
     const SIZE: usize = 4;
-    const WIDENS_AT_ONCE: bool = true;
     const EPSILON: f32 = f32::EPSILON;
     const SMALLEST: f32 = f32::MIN_POSITIVE;
 
@@ -365,8 +402,18 @@ impl Element for F32 {
     }
 
     #[inline(always)]
+    fn widen_pair([first, second]: [[u8; 4]; 2]) -> [f32; 2] {
+        [Self::widen(first), Self::widen(second)]
+    }
+
+    #[inline(always)]
     fn round(x: f32) -> f32 {
         if x.is_nan() { NAN } else { x }
+    }
+
+    #[inline(always)]
+    fn narrow(x: f32) -> u32 {
+        Self::round(x).to_bits()
     }
 
     #[inline(always)]

@@ -423,7 +423,7 @@ impl<E: Element> Kernel for Encode<'_, E> {
                     _ => pack(bits, &row_codes, line.as_flattened_mut()),
                 }
             }
-            transpose(&lines, pitch, lanes, words, row_words, block * LANES);
+            transpose(&lines, (pitch, lanes), words, row_words, block * LANES);
         }
         let zero_lines = self.zeros.chunks_exact_mut(packed_len(rows, bits));
         for (zeros, out) in zeros.chunks_exact(zero_pitch).zip(zero_lines) {
@@ -431,6 +431,9 @@ impl<E: Element> Kernel for Encode<'_, E> {
         }
     }
 }
+
+/// 32 bits of codes, little-endian.
+type Word = [u8; 4];
 
 /// Words of AWQ's order from eight rows of codes, `pitch` from one another.
 #[inline(always)]
@@ -441,26 +444,42 @@ fn gather(codes: &[u8], pitch: usize, out: &mut [[u8; 4]]) {
     }
 }
 
+/// Words of a line that are transposed at a time; they stay in the first-level cache.
+const SPAN: usize = 64;
+
 /// Writes lines of words, `pitch` from one another, as columns from `first` on of a matrix with rows
 /// of `row_words`.
 #[inline(always)]
 fn transpose(
-    lines: &[[u8; 4]],
-    pitch: usize,
-    lanes: usize,
-    out: &mut [[u8; 4]],
+    lines: &[Word],
+    (pitch, lanes): (usize, usize),
+    out: &mut [Word],
     row_words: usize,
     first: usize,
 ) {
-    for (k, out) in out.chunks_exact_mut(row_words).enumerate() {
-        let out = &mut out[first..first + lanes];
-        if let Ok(out) = <&mut [[u8; 4]; LANES]>::try_from(&mut *out) {
-            for (lane, out) in out.iter_mut().enumerate() {
+    if lanes < LANES {
+        for (k, out) in out.chunks_exact_mut(row_words).enumerate() {
+            for (lane, out) in out[first..first + lanes].iter_mut().enumerate() {
                 *out = lines[lane * pitch + k];
             }
-        } else {
-            for (lane, out) in out.iter_mut().enumerate() {
-                *out = lines[lane * pitch + k];
+        }
+        return;
+    }
+    // Four lines in one, for the compiler to do many words at a time, and then four of those.
+    let mut fours = [[[[0; 4]; 4]; SPAN]; LANES / 4];
+    for (span, out) in out.chunks_mut(SPAN * row_words).enumerate() {
+        let width = out.len() / row_words;
+        for (fours, lines) in fours.iter_mut().zip(lines.chunks(4 * pitch)) {
+            let line = |i: usize| &lines[i * pitch + span * SPAN..][..width];
+            let (a, b, c, d) = (line(0), line(1), line(2), line(3));
+            for (k, four) in fours[..width].iter_mut().enumerate() {
+                *four = [a[k], b[k], c[k], d[k]];
+            }
+        }
+        for (k, out) in out.chunks_exact_mut(row_words).enumerate() {
+            let out = out[first..first + LANES].as_chunks_mut::<4>().0;
+            for (out, fours) in out.iter_mut().zip(&fours) {
+                *out = fours[k];
             }
         }
     }
