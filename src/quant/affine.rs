@@ -24,7 +24,7 @@ use super::extremes::{ExtremeBits, Extremes, range};
 use super::grid::Grid;
 use super::int::MODERATE;
 use super::isa::{Isa, Kernel};
-use super::lanes::round;
+use super::lanes::{ROUNDING, round};
 use super::pack::{pack, packed_len, unpack, word_of};
 use super::refine::Refining;
 use super::shape::{bands, grouped, part};
@@ -129,7 +129,7 @@ pub(super) fn code(x: f32, high: f32) -> u8 {
     let x = if x < 0.0 { 0.0 } else { x };
     let x = if x > high { high } else { x };
     // The sum has a spacing of 1.
-    (x + 12_582_912.0).to_bits() as u8
+    (x + ROUNDING).to_bits() as u8
 }
 
 /// The encoding of one tile.

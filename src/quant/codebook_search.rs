@@ -11,7 +11,7 @@
 
 use super::codebook::{Codebook, Staircase};
 use super::int::MODERATE;
-use super::lanes::{LANES, sum};
+use super::lanes::{LANES, ROUNDING, sum};
 use super::tile::Element;
 
 /// Parts of the largest magnitude that are tried as the scale.
@@ -88,7 +88,7 @@ impl Search {
             let parts = &mut self.parts[..xs.len()];
             for (part, &raw) in parts.iter_mut().zip(xs) {
                 // The sum has a spacing of 1.
-                *part = (E::widen(raw) * per_part + (12_582_912.0 + 127.0)).to_bits() as u8;
+                *part = (E::widen(raw) * per_part + (ROUNDING + 127.0)).to_bits() as u8;
             }
             // Halves that don't wait for one another.
             let (mut even, mut odd) = ([0.0; 2 * CANDIDATES], [0.0; 2 * CANDIDATES]);

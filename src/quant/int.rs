@@ -23,7 +23,7 @@ use super::chunks::Rows;
 use super::extremes::Extremes;
 use super::grid::Grid;
 use super::isa::{Isa, Kernel};
-use super::lanes::round;
+use super::lanes::{ROUNDING, round};
 use super::nearest::{Divided, Nearest, Tool};
 use super::pack::{pack, pack_down, packed_len, unpack, word_of};
 use super::refine::{Refiner, Refining};
@@ -230,9 +230,8 @@ impl Codes {
     /// The stored byte of `rint(x)`, for `x` within the codes.
     #[inline(always)]
     pub(super) fn byte(self, x: f32) -> u8 {
-        // A sum near 1.5 * 2^23 has a spacing of 1: the addition rounds, ties to even (the offset
-        // is even), and leaves the integer, modulo 256, in the lowest byte.
-        (x + (12_582_912.0 + self.offset)).to_bits() as u8
+        // Modulo 256. The offset is even, so ties stay even.
+        (x + (ROUNDING + self.offset)).to_bits() as u8
     }
 }
 

@@ -16,10 +16,14 @@ pub(super) fn sum(mut lanes: [f32; LANES]) -> f32 {
     lanes[0]
 }
 
+/// Added to an f32 of a magnitude below 2^22, leaves the nearest integer, ties to even, in the lowest
+/// bits: 1.5 * 2^23, near which numbers are 1 apart.
+pub(super) const ROUNDING: f32 = 12_582_912.0;
+
 /// The nearest integer, ties to even, of a magnitude below 2^22.
 #[inline(always)]
 pub(super) fn round(x: f32) -> f32 {
-    (x + 12_582_912.0) - 12_582_912.0
+    (x + ROUNDING) - ROUNDING
 }
 
 /// `x` within 0 and `high`.

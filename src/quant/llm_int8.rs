@@ -16,6 +16,7 @@ use crate::dtype::Dtype;
 use super::extremes::magnitude;
 use super::grid::Grid;
 use super::isa::{Isa, Kernel};
+use super::lanes::ROUNDING;
 use super::shape::{bands, matrix, part};
 use super::tile::{Element, F16, F32, Tile, for_element};
 use super::{Part, Role};
@@ -97,5 +98,5 @@ impl<E: Element> Kernel for Encode<'_, E> {
 #[inline(always)]
 fn code(x: f32) -> u8 {
     // The sum has a spacing of 1, and the integer, modulo 256, in its lowest byte.
-    (x + 12_582_912.0).to_bits() as u8
+    (x + ROUNDING).to_bits() as u8
 }

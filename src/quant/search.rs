@@ -15,6 +15,7 @@
 
 use super::extremes::extremes;
 use super::int::{Codes, Fit, MODERATE};
+use super::lanes::{ROUNDING, round};
 use super::nearest::{Tool, codes};
 use super::tile::Element;
 use super::weighed::Unit;
@@ -30,9 +31,6 @@ const SAMPLE: usize = 1 << 18;
 
 /// Weights of the groups that go through a step together; they fit in the first-level cache.
 const BATCH: usize = 2048;
-
-/// Added to an f32 below 2^22, leaves the nearest integer (ties to even) in the lowest bits.
-const ROUNDING: f32 = 12_582_912.0;
 
 /// The search for scales and zero points, with its memory.
 ///
@@ -500,12 +498,6 @@ impl Trial {
             zero_point: if better { other.zero_point } else { self.zero_point },
         }
     }
-}
-
-/// The nearest integer, ties to even, of a magnitude below 2^22.
-#[inline(always)]
-fn round(x: f32) -> f32 {
-    (x + ROUNDING) - ROUNDING
 }
 
 #[inline(always)]

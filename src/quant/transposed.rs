@@ -30,7 +30,7 @@ use super::extremes::{Extremes, extremes};
 use super::grid::Grid;
 use super::int::{Codes, Fit, Granularity};
 use super::isa::{Isa, Kernel};
-use super::lanes::round;
+use super::lanes::{ROUNDING, round};
 use super::nearest::{Divided, Nearest, Tool, codes as codes_of};
 use super::pack::{pack, packed_len, unpack, word_of};
 use super::refine::{Refiner, Refining};
@@ -272,7 +272,7 @@ fn code(range: Codes, x: f32, zero_point: f32) -> u8 {
     let x = if x < low { low } else { x };
     let x = if x > high { high } else { x };
     // The sum has a spacing of 1. Zero is added to what was rounded, not before.
-    ((x + 12_582_912.0) + (zero_point + range.offset)).to_bits() as u8
+    ((x + ROUNDING) + (zero_point + range.offset)).to_bits() as u8
 }
 
 /// What finds scales and zero points with less error than gptqmodel's.
