@@ -18,6 +18,21 @@ pub fn limit() -> u64 {
     group().map_or(machine, |limit| limit.min(machine))
 }
 
+/// Bytes from which on memory is the kernel's, and goes back to it at once.
+#[cfg(target_env = "gnu")]
+const LARGE: libc::c_int = 256 << 10;
+
+/// Has large pieces of memory go back to the kernel when they are let go, by whichever thread. By
+/// itself the allocator would, after the first of them, have each thread keep its own.
+#[cfg_attr(target_env = "gnu", expect(unsafe_code, reason = "a call into the C library"))]
+pub fn give_back_large() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: it changes how the allocator works from here on, and no memory that is in use.
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, LARGE);
+    }
+}
+
 /// Gives memory that is no longer used back to the kernel, which the allocator would keep: to read headers
 /// and configs takes a multiple of what is kept of them.
 #[cfg_attr(target_env = "gnu", expect(unsafe_code, reason = "a call into the C library"))]

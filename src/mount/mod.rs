@@ -69,6 +69,7 @@ pub fn run(
     ready: &mut dyn FnMut(Ready) -> Result<()>,
 ) -> Result<()> {
     let mountpoint = preflight::check(&options.mountpoint, options.allow_other)?;
+    memory::give_back_large();
     let view = Arc::new(open()?);
     memory::give_back();
     preflight::check_outside(&mountpoint, view.root())?;
