@@ -161,7 +161,8 @@ impl<E: Element> Kernel for Encode<'_, E> {
             Quality::Reference => None,
             Quality::Search | Quality::Best => Some(Search::new(bits, group)),
         };
-        let mut refiner = Refiner::new(bits, group, quality == Quality::Best);
+        let is_weighed = self.refining.as_ref().is_some_and(|refining| refining.is_weighed);
+        let mut refiner = Refiner::new(bits, group, is_weighed, quality == Quality::Best);
         let rows = self.codes.chunks_exact_mut(packed_len(self.cols, bits));
         let scales = self.scales.chunks_exact_mut(groups * E::SIZE);
         let biases = self.biases.chunks_exact_mut(groups * E::SIZE);
@@ -172,7 +173,7 @@ impl<E: Element> Kernel for Encode<'_, E> {
                 Some(search) => {
                     let lines = (&mut row_scales[..], &mut row_biases[..]);
                     search.encode_row::<E>(row, &mut row_codes, lines);
-                    if let Some(Refining { isa, row: xs, importance }) = &mut self.refining {
+                    if let Some(Refining { isa, row: xs, importance, .. }) = &mut self.refining {
                         widen::<E>(row, xs);
                         let lines = (&mut row_scales[..], &mut row_biases[..]);
                         refiner.refine_row(*isa, xs, importance, E::round, &mut row_codes, lines);

@@ -29,11 +29,18 @@ const FINE_CLIPS: [f32; 8] = [0.6, 0.75, 0.85, 0.91, 0.95, 0.975, 0.99, 1.005];
 /// Where in what a clip leaves out its range lies: 0 at the lower end.
 const PLACES: [f32; 3] = [0.5, 0.25, 0.75];
 
-/// The same at best quality.
-const MANY_PLACES: [f32; 9] = [0.5, 0.375, 0.625, 0.25, 0.75, 0.125, 0.875, 0.0, 1.0];
+/// A step from one of those to its neighbour.
+const PLACE_STEP: f32 = 0.125;
+
+/// Steps of clip and place from the best candidate to those that are tried next, and so on.
+const NEARER: [[(f32, f32); BATCH]; 3] = [
+    [(-1.0, 0.0), (1.0, 0.0), (0.0, -1.0), (0.0, 1.0)],
+    [(-1.0, -1.0), (-1.0, 1.0), (1.0, -1.0), (1.0, 1.0)],
+    [(-0.5, 0.0), (0.5, 0.0), (0.0, -0.5), (0.0, 0.5)],
+];
 
 /// Times that codes and line are fitted to each other.
-const ROUNDS: usize = 3;
+const ROUNDS: usize = 2;
 
 /// A step from a number to its neighbour when it is stored as coarsely as BF16.
 const STEP: f32 = 0.6 / 128.0;
@@ -42,11 +49,22 @@ const STEP: f32 = 0.6 / 128.0;
 #[derive(Debug)]
 pub(super) struct Refiner {
     high: f32,
-    clips: Vec<f32>,
-    places: &'static [f32],
+    /// Whether what is near the best candidate is tried as well.
+    thorough: bool,
     weighed: Weighed,
-    candidates: Vec<Line>,
+    candidates: Vec<Part>,
 }
+
+/// A part of a group's range.
+#[derive(Clone, Copy, Debug)]
+struct Part {
+    clip: f32,
+    /// Where in what the clip leaves out it lies.
+    place: f32,
+}
+
+/// How well the codes of a part fit, the line that fits them best, and the part.
+type Nominee = (f32, Line, Part);
 
 /// A line, in a group's unit, and its error.
 #[derive(Clone, Copy, Debug)]
@@ -56,17 +74,15 @@ struct Best {
 }
 
 impl Refiner {
-    /// For groups of `len` weights. Where it is thorough, more candidates are tried.
-    pub(super) fn new(bits: u8, len: usize, thorough: bool) -> Self {
+    /// For groups of `len` weights, whose errors count for different amounts if they are weighed. Where it
+    /// is thorough, more candidates are tried.
+    pub(super) fn new(bits: u8, len: usize, is_weighed: bool, thorough: bool) -> Self {
         let high = ((1u32 << bits) - 1) as f32;
         let clips = if bits > 4 { &FINE_CLIPS } else { &CLIPS };
-        let mut clips = clips.to_vec();
-        if thorough {
-            clips.extend(clips.clone().windows(2).map(|pair| (pair[0] + pair[1]) * 0.5));
-            clips.push(clips[0] * 0.9);
-        }
-        let places: &[f32] = if thorough { &MANY_PLACES } else { &PLACES };
-        Self { high, clips, places, weighed: Weighed::new(len), candidates: Vec::new() }
+        // The search has been at the middle only, and knows the rest of it well.
+        let places = if is_weighed { &PLACES[..] } else { &PLACES[..1] };
+        let parts = places.iter().flat_map(|&place| clips.map(|clip| Part { clip, place }));
+        Self { high, thorough, weighed: Weighed::new(len), candidates: parts.collect() }
     }
 
     /// Makes the codes and lines of the groups of a row better, as a search has left them, given what
@@ -112,12 +128,13 @@ impl Refiner {
             return;
         }
         let mut best = Best { line, error };
-        self.propose(min, max);
         let totals = self.weighed.totals();
-        let mut lines = self.nominees(totals);
-        for _ in 0..ROUNDS {
+        let mut lines = self.nominees(totals, (min, max));
+        for round in 1..=ROUNDS {
             self.consider(&mut best, lines.map(store));
-            lines = self.fitted(totals, lines).map(|(line, _)| line);
+            if round < ROUNDS {
+                lines = self.fitted(totals, lines).map(|(line, _)| line);
+            }
         }
         for steps in [
             [(-1.0, 0.0), (1.0, 0.0), (0.0, -1.0), (0.0, 1.0)],
@@ -141,35 +158,55 @@ impl Refiner {
         *found = Line { scale: scale * unit.value, bias: bias * unit.value };
     }
 
-    /// Makes the candidates for a group of those extremes.
+    /// The lines that fit the codes of some candidates best, of those that fit best, in a group of those
+    /// extremes.
     #[inline(always)]
-    fn propose(&mut self, min: f32, max: f32) {
-        self.candidates.clear();
-        let width = max - min;
-        for place in self.places {
-            for clip in &self.clips {
-                let bias = min + width * (1.0 - clip) * place;
-                self.candidates.push(Line { scale: width * clip / self.high, bias });
+    fn nominees(&self, totals: (f32, f32), extremes: (f32, f32)) -> [Line; BATCH] {
+        let none = (-1.0, self.line(self.candidates[0], extremes), self.candidates[0]);
+        let mut kept = [none; BATCH];
+        for parts in self.candidates.as_chunks::<BATCH>().0 {
+            self.nominate(&mut kept, totals, extremes, *parts);
+        }
+        if self.thorough {
+            for steps in NEARER {
+                let (_, _, Part { clip, place }) = kept[0];
+                let step = (1.0 - clip).abs() * 0.15 + 0.005;
+                let near = steps.map(|(of_clip, of_place)| Part {
+                    clip: clip + step * of_clip,
+                    place: place + PLACE_STEP * of_place,
+                });
+                self.nominate(&mut kept, totals, extremes, near);
+            }
+        }
+        kept.map(|(_, line, _)| line)
+    }
+
+    /// Puts those of some parts in the place of others that fit less well; the best are the first.
+    #[inline(always)]
+    fn nominate(
+        &self,
+        kept: &mut [Nominee; BATCH],
+        totals: (f32, f32),
+        extremes: (f32, f32),
+        parts: [Part; BATCH],
+    ) {
+        let fitted = self.fitted(totals, parts.map(|part| self.line(part, extremes)));
+        for (part, (line, gain)) in parts.into_iter().zip(fitted) {
+            let mut next = (gain, line, part);
+            for place in &mut *kept {
+                // Not so for the NaN of codes that are all the same.
+                if next.0 > place.0 {
+                    std::mem::swap(place, &mut next);
+                }
             }
         }
     }
 
-    /// The lines that fit the codes of some candidates best, of those that fit best.
+    /// The line whose codes span a part of the range between two extremes.
     #[inline(always)]
-    fn nominees(&self, totals: (f32, f32)) -> [Line; BATCH] {
-        let mut kept = [(-1.0, self.candidates[0]); BATCH];
-        for lines in self.candidates.as_chunks::<BATCH>().0 {
-            for (line, gain) in self.fitted(totals, *lines) {
-                let mut next = (gain, line);
-                for place in &mut kept {
-                    // Not so for the NaN of codes that are all the same.
-                    if next.0 > place.0 {
-                        std::mem::swap(place, &mut next);
-                    }
-                }
-            }
-        }
-        kept.map(|(_, line)| line)
+    fn line(&self, Part { clip, place }: Part, (min, max): (f32, f32)) -> Line {
+        let width = max - min;
+        Line { scale: width * clip / self.high, bias: min + width * (1.0 - clip) * place }
     }
 
     /// For the codes of each line, the line that fits them best, and by how much that lowers the error

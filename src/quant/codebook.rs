@@ -154,10 +154,12 @@ pub(super) struct Staircase {
     midpoints: [f32; 15],
 }
 
-/// One of two, by selection.
+/// One of two numbers. As bits, or compilers select where it lies in memory, for one at a time.
 #[inline(always)]
 const fn pick(upper: bool, high: f32, low: f32) -> f32 {
-    if upper { high } else { low }
+    let mask = (upper as u32).wrapping_neg();
+    let (high, low) = (high.to_bits(), low.to_bits());
+    f32::from_bits(low ^ (low ^ high) & mask)
 }
 
 impl Staircase {

@@ -20,6 +20,10 @@ const SHRINKS: [f32; 16] =
 /// Times that codes and scale are fitted to each other.
 const ROUNDS: usize = 3;
 
+/// From the scale that a search has found to those that are tried where all errors count for the same,
+/// as they did in the search.
+const NEAR: [f32; BATCH] = [0.95, 1.0, 1.05, 1.1];
+
 /// What makes scales better, with its memory.
 #[derive(Debug)]
 pub(super) struct Refiner {
@@ -38,6 +42,8 @@ pub(super) struct Refiner {
 enum Question {
     /// A scale that is no worse than this.
     Refined(f32),
+    /// The same, where all errors count for the same.
+    RefinedNear(f32),
     /// The best of these scales.
     Best([f32; 3]),
 }
@@ -58,7 +64,11 @@ impl Refiner {
         importance: Option<Importance<'_>>,
         found: f32,
     ) -> f32 {
-        self.answer::<E>(xs, importance, Question::Refined(found))
+        let question = match importance {
+            Some(_) => Question::Refined(found),
+            None => Question::RefinedNear(found),
+        };
+        self.answer::<E>(xs, importance, question)
     }
 
     /// The place of the best of some scales for a block, the first of equals; those that are not
@@ -95,6 +105,21 @@ impl Refiner {
 
     /// In units of the block.
     #[inline(always)]
+    fn refine_near(&self, found: f32) -> f32 {
+        let moments = self.weighed.moments(self.candidates(NEAR.map(|near| found * near)));
+        // In the place of the least promising.
+        let mut place = 0;
+        for k in 1..BATCH {
+            place = if moments[k].gain() < moments[place].gain() { k } else { place };
+        }
+        let mut scales = moments.map(|moments| moments.scale());
+        scales[place] = found;
+        let errors = self.errors(scales);
+        least(scales, errors, (found, errors[place])).0
+    }
+
+    /// In units of the block.
+    #[inline(always)]
     fn refine(&self, largest: f32, found: f32) -> f32 {
         let [error, ..] = self.errors([found; BATCH]);
         let mut best = (found, error);
@@ -113,12 +138,7 @@ impl Refiner {
         }
         let mut scales = kept.map(|(_, scale)| scale);
         for _ in 0..ROUNDS {
-            for (scale, error) in scales.into_iter().zip(self.errors(scales)) {
-                // A sum's own rounding must not prefer what is worse.
-                if error < best.1 * (1.0 - 1.0 / 65536.0) {
-                    best = (scale, error);
-                }
-            }
+            best = least(scales, self.errors(scales), best);
             scales = self.weighed.moments(self.candidates(scales)).map(|moments| moments.scale());
         }
         best.0
@@ -149,6 +169,18 @@ impl Refiner {
     }
 }
 
+/// The scale of the least error, with it; the `best` so far where none is less.
+#[inline(always)]
+fn least(scales: [f32; BATCH], errors: [f32; BATCH], mut best: (f32, f32)) -> (f32, f32) {
+    for k in 0..BATCH {
+        // A sum's own rounding must not prefer what is worse.
+        if errors[k] < best.1 * (1.0 - 1.0 / 65536.0) {
+            best = (scales[k], errors[k]);
+        }
+    }
+    best
+}
+
 /// A block, which the refiner has room for, and what is asked about it.
 struct Block<'a> {
     refiner: &'a mut Refiner,
@@ -164,11 +196,14 @@ impl Kernel for Block<'_> {
         let Refiner { weighed, values, counts, .. } = refiner;
         let loaded = weighed.load(&values[..len], &counts[..len]);
         *answer = match (question, loaded) {
-            (Question::Refined(found), None) => found,
+            (Question::Refined(found) | Question::RefinedNear(found), None) => found,
             (Question::Best(scales), None) => scales[0],
             (Question::Refined(found), Some(Loaded { unit, min, max })) => {
                 let largest = if -min > max { -min } else { max };
                 refiner.refine(largest, found * unit.reciprocal) * unit.value
+            }
+            (Question::RefinedNear(found), Some(Loaded { unit, .. })) => {
+                refiner.refine_near(found * unit.reciprocal) * unit.value
             }
             (Question::Best(scales), Some(Loaded { unit, .. })) => {
                 scales[refiner.best_of(scales.map(|scale| scale * unit.reciprocal))]

@@ -22,6 +22,7 @@
 use crate::dtype::Dtype;
 
 use super::extremes::magnitude;
+use super::fp8_search::Histogram;
 use super::grid::Grid;
 use super::int::MODERATE;
 use super::isa::{Isa, Kernel};
@@ -248,9 +249,8 @@ impl<E: Element> Kernel for Encode<'_, E> {
     }
 }
 
-/// What the largest magnitude is multiplied by in a search.
-const SHIFTS: [f32; 16] =
-    [0.88, 0.92, 0.96, 1.045, 1.09, 1.14, 1.19, 1.24, 1.3, 1.36, 1.42, 1.48, 1.55, 1.62, 1.7, 1.85];
+/// Scales between the largest magnitude's and twice that which are nominated from.
+const SHIFTS: u8 = 31;
 
 /// The magnitude, near the largest of some rows, as whose scale makes the least of their errors.
 #[inline(always)]
@@ -260,20 +260,21 @@ fn searched<'a, E: Element<Raw: 'a>, R: Iterator<Item = &'a [E::Raw]>>(
     rows: impl Fn() -> R,
     counts: &[f32],
 ) -> f32 {
+    let factor = |magnitude| Factor::new::<E>(rule, magnitude, &mut [0; 4]);
+    let histogram = Histogram::new::<E>(rows(), counts, magnitude);
+    let mut nominee = (magnitude, f32::INFINITY);
+    for shift in 1..=SHIFTS {
+        let shifted = magnitude * (1.0 + f32::from(shift) / f32::from(SHIFTS + 1));
+        let error = histogram.error(factor(shifted).inverse());
+        nominee = if error < nominee.1 { (shifted, error) } else { nominee };
+    }
     let error = |magnitude| {
-        let factor = Factor::new::<E>(rule, magnitude, &mut [0; 4]);
+        let factor = factor(magnitude);
         rows().map(|row| factor.error::<E>(row, counts)).sum::<f32>()
     };
-    let mut best = (magnitude, error(magnitude));
-    for shift in SHIFTS {
-        let shifted = magnitude * shift;
-        let error = error(shifted);
-        // Not so for a NaN. A sum's own rounding must not prefer what is worse.
-        if error < best.1 * (1.0 - 1.0 / 65536.0) {
-            best = (shifted, error);
-        }
-    }
-    best.0
+    // Not so for a NaN. A sum's own rounding must not prefer what is worse.
+    let is_better = error(nominee.0) < error(magnitude) * (1.0 - 1.0 / 65536.0);
+    if is_better { nominee.0 } else { magnitude }
 }
 
 /// What a code is made with, for a largest magnitude.
@@ -320,12 +321,22 @@ impl Factor {
         }
     }
 
+    /// One over the scale, about.
+    #[inline(always)]
+    fn inverse(self) -> f32 {
+        match self {
+            Self::Divide(scale) => 1.0 / scale,
+            Self::Multiply(factor) => factor,
+        }
+    }
+
     /// What the squared errors of a row count for; NaN where a scale is too small or large for it.
     #[inline(always)]
     fn error<E: Element>(self, row: &[E::Raw], counts: &[f32]) -> f32 {
-        let (scale, reciprocal) = match self {
-            Self::Divide(scale) => (scale, 1.0 / scale),
-            Self::Multiply(factor) => (F32::round(1.0 / factor), factor),
+        let reciprocal = self.inverse();
+        let scale = match self {
+            Self::Divide(scale) => scale,
+            Self::Multiply(factor) => F32::round(1.0 / factor),
         };
         if !MODERATE.contains(&scale) || !MODERATE.contains(&reciprocal) {
             return f32::NAN;

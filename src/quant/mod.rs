@@ -17,6 +17,7 @@ mod examples;
 mod experts;
 mod extremes;
 mod fp8;
+mod fp8_search;
 mod grid;
 mod importance;
 mod int;

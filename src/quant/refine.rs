@@ -36,8 +36,8 @@ const CLIPS: [f32; 16] =
 const FINE_CLIPS: [f32; 16] =
     [0.4, 0.5, 0.6, 0.7, 0.77, 0.82, 0.86, 0.9, 0.93, 0.95, 0.965, 0.98, 0.99, 0.995, 1.0, 1.01];
 
-/// Times that codes and scale are fitted to each other.
-const ROUNDS: usize = 3;
+/// Those that the search may have missed where all errors count for the same, as they did there.
+const LATER: std::ops::RangeFrom<usize> = 4..;
 
 /// From a scale to its neighbours, and theirs, when it is stored as coarsely as BF16.
 const NEIGHBOURS: [f32; BATCH] =
@@ -53,6 +53,8 @@ pub(super) struct Refining {
     pub(super) row: Vec<f32>,
     /// What the errors of a row count for.
     pub(super) importance: Vec<f32>,
+    /// Whether that is not the same for all.
+    pub(super) is_weighed: bool,
 }
 
 impl Refining {
@@ -63,7 +65,8 @@ impl Refining {
             (Quality::Best, None) => vec![1.0; tile.cols],
             (_, Some(importance)) => importance.of_row(tile.cols),
         };
-        Some(Self { isa, row: vec![0.0; tile.cols], importance })
+        let is_weighed = tile.importance.is_some();
+        Some(Self { isa, row: vec![0.0; tile.cols], importance, is_weighed })
     }
 }
 
@@ -77,6 +80,8 @@ pub(super) struct Refiner {
     /// Weights of a group.
     len: usize,
     clips: &'static [f32],
+    /// Times that codes and scale are fitted to each other.
+    rounds: usize,
     weighed: Weighed,
     candidates: Vec<Fit>,
 }
@@ -89,15 +94,17 @@ struct Best {
 }
 
 impl Refiner {
-    /// For groups of `len` weights.
-    pub(super) fn new(range: Codes, symmetric: bool, len: usize) -> Self {
+    /// For groups of `len` weights, whose errors count for different amounts if they are weighed.
+    pub(super) fn new(range: Codes, symmetric: bool, len: usize, is_weighed: bool) -> Self {
         let clips = if range.steps() > 32.0 { &FINE_CLIPS } else { &CLIPS };
+        let (clips, rounds) = if is_weighed { (&clips[..], 3) } else { (&clips[LATER], 2) };
         Self {
             range,
             symmetric,
             lowest_zero: range.low,
             len,
             clips,
+            rounds,
             weighed: Weighed::new(len),
             candidates: Vec::new(),
         }
@@ -145,7 +152,7 @@ impl Refiner {
         let store = |fit: Fit| Fit { scale: unit.as_stored(stored, fit.scale), ..fit };
         self.propose(if min > 0.0 { 0.0 } else { min }, if max < 0.0 { 0.0 } else { max });
         let mut fits = self.nominees();
-        for _ in 0..ROUNDS {
+        for round in 1..=self.rounds {
             self.consider(&mut best, fits.map(store));
             if !self.symmetric {
                 for step in [-1.0, 1.0] {
@@ -153,9 +160,11 @@ impl Refiner {
                     self.consider(&mut best, shifted.map(store));
                 }
             }
-            let moments = self.weighed.moments(fits.map(|fit| self.candidate(fit)));
-            for (fit, moments) in fits.iter_mut().zip(moments) {
-                fit.scale = moments.scale();
+            if round < self.rounds {
+                let moments = self.weighed.moments(fits.map(|fit| self.candidate(fit)));
+                for (fit, moments) in fits.iter_mut().zip(moments) {
+                    fit.scale = moments.scale();
+                }
             }
         }
         let near = NEIGHBOURS.map(|step| Fit { scale: best.fit.scale * step, ..best.fit });

@@ -198,11 +198,13 @@ impl TransposedScheme {
         }
         let (range, len) = (Codes::offset(self.bits), self.group(tile.cols as u64) as usize);
         let mut search = Search::new(range, self.symmetric, len);
-        let mut refiner = Refiner::new(range, self.symmetric, len);
+        let refining = Refining::new(isa, self.quality, tile);
+        let is_weighed = refining.as_ref().is_some_and(|refining| refining.is_weighed);
+        let mut refiner = Refiner::new(range, self.symmetric, len, is_weighed);
         if self.order == TransposedOrder::GptqV1 {
             (search, refiner) = (search.without_lowest_zero(), refiner.without_lowest_zero());
         }
-        Some(Finder { search, refiner, refining: Refining::new(isa, self.quality, tile) })
+        Some(Finder { search, refiner, refining })
     }
 
     fn is_gemm(&self) -> bool {
@@ -288,7 +290,7 @@ impl Finder {
     #[inline(always)]
     fn encode_row<E: Element>(&mut self, row: &[E::Raw], codes: &mut [u8], fits: &mut [Fit]) {
         self.search.encode_row::<E, GptqModel>(row, codes, fits);
-        if let Some(Refining { isa, row: xs, importance }) = &mut self.refining {
+        if let Some(Refining { isa, row: xs, importance, .. }) = &mut self.refining {
             widen::<E>(row, xs);
             let stored = GptqModel::stored::<E>;
             self.refiner.refine_row(*isa, xs, importance, stored, codes, fits);
