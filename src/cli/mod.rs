@@ -190,7 +190,7 @@ struct RecipeArgs {
     #[arg(long)]
     asymmetric: bool,
 
-    /// How scales are chosen: by error search, by one that takes ten to forty times as long, or as the
+    /// How scales are chosen: by error search, by one that takes up to about ten times as long, or as the
     /// format's own tool does, bit for bit
     #[arg(long, value_name = "NAME", value_enum, default_value_t = QualityArg::Search)]
     quality: QualityArg,

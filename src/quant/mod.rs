@@ -68,7 +68,7 @@ pub enum Quality {
     Reference,
     /// The scale, and zero point, with the least squared error that a search finds.
     Search,
-    /// No worse than that, of any group: what ten to forty times as much work finds.
+    /// No worse than that, of any group: what up to about ten times as much work finds.
     Best,
 }
 
