@@ -146,7 +146,7 @@ struct Encode<'a, E: Element> {
 
 impl<E: Element> Kernel for Encode<'_, E> {
     #[inline(always)]
-    fn run(mut self) {
+    fn run(self) {
         let AffineScheme { bits, group_size, quality } = *self.scheme;
         let high = ((1u32 << bits) - 1) as f32;
         let group = group_size as usize;
@@ -161,8 +161,10 @@ impl<E: Element> Kernel for Encode<'_, E> {
             Quality::Reference => None,
             Quality::Search | Quality::Best => Some(Search::new(bits, group)),
         };
-        let is_weighed = self.refining.as_ref().is_some_and(|refining| refining.is_weighed);
-        let mut refiner = Refiner::new(bits, group, is_weighed, quality == Quality::Best);
+        let mut refining = self.refining.map(|refining| {
+            let thorough = quality == Quality::Best;
+            (Refiner::new(bits, group, refining.is_weighed, thorough), refining)
+        });
         let rows = self.codes.chunks_exact_mut(packed_len(self.cols, bits));
         let scales = self.scales.chunks_exact_mut(groups * E::SIZE);
         let biases = self.biases.chunks_exact_mut(groups * E::SIZE);
@@ -173,7 +175,8 @@ impl<E: Element> Kernel for Encode<'_, E> {
                 Some(search) => {
                     let lines = (&mut row_scales[..], &mut row_biases[..]);
                     search.encode_row::<E>(row, &mut row_codes, lines);
-                    if let Some(Refining { isa, row: xs, importance, .. }) = &mut self.refining {
+                    if let Some((refiner, refining)) = &mut refining {
+                        let Refining { isa, row: xs, importance, .. } = refining;
                         widen::<E>(row, xs);
                         let lines = (&mut row_scales[..], &mut row_biases[..]);
                         refiner.refine_row(*isa, xs, importance, E::round, &mut row_codes, lines);

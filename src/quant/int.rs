@@ -257,7 +257,7 @@ struct Encode<'a, E: Element> {
 
 impl<E: Element> Kernel for Encode<'_, E> {
     #[inline(always)]
-    fn run(mut self) {
+    fn run(self) {
         let IntScheme { bits, symmetric, packing, quality, .. } = *self.scheme;
         let range = Codes::new(bits, packing);
         let groups = self.cols / self.group;
@@ -273,8 +273,9 @@ impl<E: Element> Kernel for Encode<'_, E> {
             Quality::Reference => None,
             Quality::Search | Quality::Best => Some(Search::new(range, symmetric, self.group)),
         };
-        let is_weighed = self.refining.as_ref().is_some_and(|refining| refining.is_weighed);
-        let mut refiner = Refiner::new(range, symmetric, self.group, is_weighed);
+        let mut refining = self.refining.map(|refining| {
+            (Refiner::new(range, symmetric, self.group, refining.is_weighed), refining)
+        });
         self.zero_points.fill(0);
         let rows = self.codes.chunks_exact_mut(row_len);
         let scales = self.scales.chunks_exact_mut(groups * E::SIZE);
@@ -284,7 +285,8 @@ impl<E: Element> Kernel for Encode<'_, E> {
             if let Some(search) = &mut search {
                 let codes = &mut row_codes[..self.cols];
                 search.encode_row::<E, CompressedTensors>(row, codes, &mut row_fits);
-                if let Some(Refining { isa, row: xs, importance, .. }) = &mut self.refining {
+                if let Some((refiner, refining)) = &mut refining {
+                    let Refining { isa, row: xs, importance, .. } = refining;
                     widen::<E>(row, xs);
                     let stored = CompressedTensors::stored::<E>;
                     refiner.refine_row(*isa, xs, importance, stored, codes, &mut row_fits);

@@ -358,19 +358,7 @@ impl Element for F16 {
 
     #[inline(always)]
     fn store(x: f32, out: &mut [u8]) {
-        let magnitude = x.abs();
-        let bits = if x.is_nan() {
-            0x7e00
-        } else if magnitude < f32::from_bits(113 << 23) {
-            // A multiple of 2^-24, below 2^-14: a sum in [0.5, 1) has that spacing.
-            (magnitude + 0.5).to_bits() as u16
-        } else if magnitude > 65504.0 {
-            0x7c00
-        } else {
-            ((magnitude.to_bits() >> 13) - (112 << 10)) as u16
-        };
-        let sign = ((x.to_bits() >> 16) & 0x8000) as u16;
-        out[..2].copy_from_slice(&(bits | sign).to_le_bytes());
+        out[..2].copy_from_slice(&(Self::narrow(x) as u16).to_le_bytes());
     }
 
     #[inline(always)]

@@ -198,13 +198,15 @@ impl TransposedScheme {
         }
         let (range, len) = (Codes::offset(self.bits), self.group(tile.cols as u64) as usize);
         let mut search = Search::new(range, self.symmetric, len);
-        let refining = Refining::new(isa, self.quality, tile);
-        let is_weighed = refining.as_ref().is_some_and(|refining| refining.is_weighed);
-        let mut refiner = Refiner::new(range, self.symmetric, len, is_weighed);
-        if self.order == TransposedOrder::GptqV1 {
-            (search, refiner) = (search.without_lowest_zero(), refiner.without_lowest_zero());
+        let has_lowest_zero = self.order != TransposedOrder::GptqV1;
+        if !has_lowest_zero {
+            search = search.without_lowest_zero();
         }
-        Some(Finder { search, refiner, refining })
+        let refining = Refining::new(isa, self.quality, tile).map(|refining| {
+            let refiner = Refiner::new(range, self.symmetric, len, refining.is_weighed);
+            (if has_lowest_zero { refiner } else { refiner.without_lowest_zero() }, refining)
+        });
+        Some(Finder { search, refining })
     }
 
     fn is_gemm(&self) -> bool {
@@ -281,8 +283,7 @@ fn code(range: Codes, x: f32, zero_point: f32) -> u8 {
 #[derive(Debug)]
 struct Finder {
     search: Search,
-    refiner: Refiner,
-    refining: Option<Refining>,
+    refining: Option<(Refiner, Refining)>,
 }
 
 impl Finder {
@@ -290,10 +291,11 @@ impl Finder {
     #[inline(always)]
     fn encode_row<E: Element>(&mut self, row: &[E::Raw], codes: &mut [u8], fits: &mut [Fit]) {
         self.search.encode_row::<E, GptqModel>(row, codes, fits);
-        if let Some(Refining { isa, row: xs, importance, .. }) = &mut self.refining {
+        if let Some((refiner, refining)) = &mut self.refining {
+            let Refining { isa, row: xs, importance, .. } = refining;
             widen::<E>(row, xs);
             let stored = GptqModel::stored::<E>;
-            self.refiner.refine_row(*isa, xs, importance, stored, codes, fits);
+            refiner.refine_row(*isa, xs, importance, stored, codes, fits);
         }
     }
 }
@@ -439,7 +441,7 @@ type Word = [u8; 4];
 
 /// Words of AWQ's order from eight rows of codes, `pitch` from one another.
 #[inline(always)]
-fn gather(codes: &[u8], pitch: usize, out: &mut [[u8; 4]]) {
+fn gather(codes: &[u8], pitch: usize, out: &mut [Word]) {
     let rows = GEMM.map(|row| &codes[row * pitch..][..out.len()]);
     for (c, out) in out.iter_mut().enumerate() {
         *out = std::array::from_fn(|i| rows[2 * i][c] | rows[2 * i + 1][c] << 4);
