@@ -20,7 +20,7 @@ use crate::dtype::Dtype;
 use super::affine_refine::Refiner;
 use super::affine_search::Search;
 use super::chunks::{Chunks, Rows};
-use super::extremes::{ExtremeBits, Extremes, range};
+use super::extremes::{ExtremeBits, Extremes, range, ranges_of_groups};
 use super::grid::Grid;
 use super::int::MODERATE;
 use super::isa::{Isa, Kernel};
@@ -183,9 +183,7 @@ impl<E: Element> Kernel for Encode<'_, E> {
                     }
                 }
                 None => {
-                    for (group, bits) in row.chunks_exact(group).zip(&mut ranges) {
-                        *bits = range::<E>(group);
-                    }
+                    ranges_of_groups::<E>(row, group, &mut ranges);
                     // One thing after the other, for the compiler to do many groups at a time.
                     let extremes = row_mins.iter_mut().zip(&mut row_maxs);
                     for (bits, (min, max)) in ranges.iter().zip(extremes) {

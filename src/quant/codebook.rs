@@ -21,7 +21,7 @@ use crate::dtype::Dtype;
 use super::chunks::Rows;
 use super::codebook_refine::Refiner;
 use super::codebook_search::Search;
-use super::extremes::short_magnitude;
+use super::extremes::{Bits, magnitudes_of_groups};
 use super::grid::{Axis, Grid, PartBytes};
 use super::importance::Importance;
 use super::isa::{Isa, Kernel, prefetch};
@@ -386,6 +386,7 @@ impl<E: Element> Kernel for Encode<'_, E> {
         let mut stored = self.scales;
         let blocks = if matches!(stored, Scales::Plain(_)) { batch } else { SCALES };
         let mut scales = vec![0.0; blocks];
+        let mut magnitudes = vec![E::Bits::ZERO; blocks];
         let mut search = match self.scheme.quality {
             Quality::Reference => None,
             Quality::Search | Quality::Best => Some(Search::new(codebook, block, blocks)),
@@ -395,9 +396,7 @@ impl<E: Element> Kernel for Encode<'_, E> {
         for (i, (run, codes)) in runs.enumerate() {
             let scales = &mut scales[..run.len().div_ceil(block)];
             let parts = || run.chunks(block).zip((i * blocks * block..).step_by(block));
-            for (xs, scale) in run.chunks(block).zip(&mut *scales) {
-                *scale = short_magnitude::<E>(xs);
-            }
+            magnitudes_of_groups::<E>(run, block, &mut magnitudes, scales);
             if let Some(search) = &mut search {
                 search.scales::<E>(run, scales);
                 if let Some((refiner, importance)) = &mut refining {

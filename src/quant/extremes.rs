@@ -72,18 +72,6 @@ macro_rules! bits {
 bits!(i16);
 bits!(i32);
 
-/// `f(group)`, of a length that the compiler knows if it is one of the usual ones: a loop over many
-/// lanes at a time would leave short groups to the loop for what remains.
-#[inline(always)]
-fn of_known_length<R, T>(group: &[R], f: impl Fn(&[R]) -> T) -> T {
-    match group.len() {
-        16 => f(&group[..16]),
-        32 => f(&group[..32]),
-        64 => f(&group[..64]),
-        _ => f(group),
-    }
-}
-
 /// Extremes as bit patterns, which for all groups of a row are faster converted together.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct ExtremeBits<B> {
@@ -94,6 +82,25 @@ pub(super) struct ExtremeBits<B> {
 impl<B: Bits> ExtremeBits<B> {
     pub(super) const ZERO: Self = Self { min: B::ZERO, max: B::ZERO };
 
+    /// As the extremes of a group are gathered, `min` negated: the largest integer is the smallest number.
+    const GATHERED: Self = Self { min: B::ZERO, max: B::ZERO };
+
+    #[inline(always)]
+    fn gather(self, bits: B) -> Self {
+        Self { min: self.min.max(bits.negated()), max: self.max.max(bits) }
+    }
+
+    #[inline(always)]
+    fn gathered(self) -> Self {
+        Self { min: self.min.negated(), ..self }
+    }
+
+    /// Whether one of them is the zero that is among the extremes.
+    #[inline(always)]
+    fn is_of_one_sign(self) -> bool {
+        self.min == B::ZERO.negated() || self.max == B::ZERO
+    }
+
     #[inline(always)]
     pub(super) fn values<E: Element<Bits = B>>(self) -> Extremes {
         Extremes { min: E::value(self.min), max: E::value(self.max) }
@@ -103,23 +110,42 @@ impl<B: Bits> ExtremeBits<B> {
 /// The extremes of a group and zero. NaN for one of them if the group has a NaN of that sign.
 #[inline(always)]
 pub(super) fn extremes<E: Element>(group: &[E::Raw]) -> ExtremeBits<E::Bits> {
-    of_known_length(group, |group| {
-        let bits = || group.iter().map(|&raw| E::bits(raw));
-        let min = bits().map(Bits::negated).fold(E::Bits::ZERO, Ord::max);
-        ExtremeBits { min: min.negated(), max: bits().fold(E::Bits::ZERO, Ord::max) }
-    })
+    group.iter().fold(ExtremeBits::GATHERED, |all, &raw| all.gather(E::bits(raw))).gathered()
 }
 
-/// The extremes of a group that has any weight. NaN for one of them if the group has a NaN of that
-/// sign.
+/// The same of each group of `len` weights.
+#[inline(always)]
+pub(super) fn extremes_of_groups<E: Element>(
+    row: &[E::Raw],
+    len: usize,
+    out: &mut [ExtremeBits<E::Bits>],
+) {
+    fold_groups(row, len, out, ExtremeBits::GATHERED, |all, raw| all.gather(E::bits(raw)));
+    for out in out {
+        *out = out.gathered();
+    }
+}
+
+/// The extremes of each group of `len` weights. NaN for one of them if the group has a NaN of that sign.
+#[inline(always)]
+pub(super) fn ranges_of_groups<E: Element>(
+    row: &[E::Raw],
+    len: usize,
+    out: &mut [ExtremeBits<E::Bits>],
+) {
+    extremes_of_groups::<E>(row, len, out);
+    for (group, out) in row.chunks_exact(len).zip(out) {
+        if out.is_of_one_sign() {
+            *out = range_of_one_sign::<E>(group);
+        }
+    }
+}
+
+/// The same of a group that has any weight.
 #[inline(always)]
 pub(super) fn range<E: Element>(group: &[E::Raw]) -> ExtremeBits<E::Bits> {
     let extremes = extremes::<E>(group);
-    if extremes.min == E::Bits::ZERO.negated() || extremes.max == E::Bits::ZERO {
-        range_of_one_sign::<E>(group)
-    } else {
-        extremes
-    }
+    if extremes.is_of_one_sign() { range_of_one_sign::<E>(group) } else { extremes }
 }
 
 /// As [`range`], of any group. Few have weights of one sign alone.
@@ -137,10 +163,68 @@ pub(super) fn magnitude<E: Element>(group: &[E::Raw]) -> f32 {
     E::value(group.iter().map(|&raw| E::bits(raw).magnitude()).fold(E::Bits::ZERO, Ord::max))
 }
 
-/// As [`magnitude`].
+/// The same of each group of `len` weights, the last of which may be shorter. `bits` lends the memory.
 #[inline(always)]
-pub(super) fn short_magnitude<E: Element>(group: &[E::Raw]) -> f32 {
-    of_known_length(group, magnitude::<E>)
+pub(super) fn magnitudes_of_groups<E: Element>(
+    row: &[E::Raw],
+    len: usize,
+    bits: &mut [E::Bits],
+    out: &mut [f32],
+) {
+    let bits = &mut bits[..out.len()];
+    fold_groups(row, len, bits, E::Bits::ZERO, |all, raw| all.max(E::bits(raw).magnitude()));
+    for (out, bits) in out.iter_mut().zip(bits) {
+        *out = E::value(*bits);
+    }
+}
+
+/// Folds each group of `len`, the last of which may be shorter.
+#[inline(always)]
+fn fold_groups<R: Copy, T: Copy>(
+    row: &[R],
+    len: usize,
+    out: &mut [T],
+    none: T,
+    fold: impl Fn(T, R) -> T + Copy,
+) {
+    match len {
+        16 => fold_together::<R, T, 16, 8>(row, out, none, fold),
+        32 => fold_together::<R, T, 32, 4>(row, out, none, fold),
+        64 => fold_together::<R, T, 64, 2>(row, out, none, fold),
+        128 => fold_together::<R, T, 128, 1>(row, out, none, fold),
+        _ => {
+            for (group, out) in row.chunks(len).zip(out) {
+                *out = group.iter().copied().fold(none, fold);
+            }
+        }
+    }
+}
+
+/// Folds groups of `LEN`, `COUNT` at a time. Of one of the shorter ones at a time compilers unroll the loop,
+/// and then don't see that many lanes would do.
+#[inline(always)]
+fn fold_together<R: Copy, T: Copy, const LEN: usize, const COUNT: usize>(
+    row: &[R],
+    out: &mut [T],
+    none: T,
+    fold: impl Fn(T, R) -> T + Copy,
+) {
+    let (groups, short) = row.as_chunks::<LEN>();
+    let (blocks, rest) = groups.as_chunks::<COUNT>();
+    let (outs, rest_out) = out.split_at_mut(groups.len() - rest.len());
+    for (block, out) in blocks.iter().zip(outs.as_chunks_mut::<COUNT>().0) {
+        let mut folded = [none; COUNT];
+        for i in 0..LEN {
+            for (folded, group) in folded.iter_mut().zip(block) {
+                *folded = fold(*folded, group[i]);
+            }
+        }
+        *out = folded;
+    }
+    let rest = rest.iter().map(|group| &group[..]).chain([short]);
+    for (group, out) in rest.zip(rest_out) {
+        *out = group.iter().copied().fold(none, fold);
+    }
 }
 
 #[cfg(test)]

@@ -32,7 +32,7 @@
 use crate::dtype::Dtype;
 
 use super::chunks::Rows;
-use super::extremes::magnitude;
+use super::extremes::{Bits, magnitudes_of_groups};
 use super::grid::Grid;
 use super::importance::Importance;
 use super::isa::{Isa, Kernel, prefetch};
@@ -303,6 +303,7 @@ impl<E: Element> Encode<'_, E> {
         let mut spread = vec![0.0; self.cols / E::PER_LANE];
         let groups_of_row = self.cols / GROUP;
         let mut magnitudes = vec![0.0; groups_of_row];
+        let mut magnitude_bits = vec![E::Bits::ZERO; groups_of_row];
         let mut values = vec![0.0; groups_of_row];
         let mut factors = vec![0.0; groups_of_row];
         let rows = self.codes.chunks_exact_mut(self.cols * usize::from(bits) / 8);
@@ -311,12 +312,7 @@ impl<E: Element> Encode<'_, E> {
             let rows = Rows::new(self.source, (self.cols, self.stride), r);
             let row = rows.row;
             let groups = row.as_chunks::<GROUP>().0;
-            // Of a length unknown to the compiler, or it would do many groups at a time, gathered
-            // weight by weight.
-            let group = scheme.group_size() as usize;
-            for (group, largest) in row.chunks_exact(group).zip(&mut magnitudes) {
-                *largest = magnitude::<E>(group);
-            }
+            magnitudes_of_groups::<E>(row, GROUP, &mut magnitude_bits, &mut magnitudes);
             scheme.scales::<E>(&magnitudes, global, scales);
             if let Some(search) = &mut search {
                 search.improve::<E>(row, scales);

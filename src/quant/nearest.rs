@@ -1,7 +1,7 @@
 //! Codes rounded to nearest, as the tools do whose bytes are the reference.
 
 use super::chunks::{CHUNK, Chunks, Rows};
-use super::extremes::{ExtremeBits, Extremes, extremes};
+use super::extremes::{ExtremeBits, Extremes, extremes_of_groups};
 use super::int::{Codes, Fit, MODERATE};
 use super::tile::Element;
 
@@ -100,9 +100,7 @@ impl<E: Element> Nearest<E> {
         out: &mut [u8],
         fits: &mut [Fit],
     ) {
-        for (group, bits) in rows.row.chunks_exact(self.len).zip(&mut self.extremes) {
-            *bits = extremes::<E>(group);
-        }
+        extremes_of_groups::<E>(rows.row, self.len, &mut self.extremes);
         // Known to each loop, or it would have branches.
         if self.symmetric {
             self.fit::<T>(true, fits);
