@@ -28,6 +28,7 @@ use super::isa::{Isa, Kernel, prefetch};
 use super::nested::{self, SCALES};
 use super::shape::{matrix, part};
 use super::survey::Survey;
+use super::thresholds::{Limits, Thresholds, ranks};
 use super::tile::{Element, F32, Tile, for_element};
 use super::{Part, Quality, Role};
 
@@ -214,37 +215,7 @@ impl Staircase {
         let bit = |set: bool, value: u32| if set { value } else { 0 };
         bit(a, 8) + bit(b, 4) + bit(c, 2) + bit(d, 1)
     }
-
-    /// The code of FP4 nearest to `y`, a number: its entries are symmetric, so half of the midpoints
-    /// do.
-    #[inline(always)]
-    fn fp4(&self, y: f32) -> u32 {
-        let bits = y.to_bits();
-        // A midpoint belongs to the lower entry, which is the larger magnitude if it is negative.
-        let magnitude = ((bits & 0x7fff_ffff) + (bits >> 31)).cast_signed();
-        let midpoint = |i: usize| self.midpoints[8 + i].to_bits().cast_signed();
-        let below = |i: usize| (midpoint(i) - magnitude).cast_unsigned() >> 31;
-        let steps = ((magnitude - midpoint(2) - 1) >> FP4_STEP) + 1;
-        let rising = below(0) + below(1) + steps.clamp(0, 5).cast_unsigned();
-        // Next to zero the other entry that is zero is the one above.
-        let above = bits.wrapping_neg() & !bits;
-        let sign = if rising == 0 { above } else { bits };
-        // The magnitudes rise in the order of codes 0, 1, 6, 7, 4, 5, 2, 3.
-        rising ^ (rising & 2) << 1 | (sign >> 28 & 8)
-    }
 }
-
-/// The bit whose value the bit patterns of FP4's midpoints are apart, from the third positive one on.
-const FP4_STEP: u32 = 22;
-
-const _: () = {
-    let midpoints = Codebook::Fp4.staircase().midpoints;
-    let mut i = 11;
-    while i < 15 {
-        assert!(midpoints[i].to_bits() - midpoints[i - 1].to_bits() == 1 << FP4_STEP);
-        i += 1;
-    }
-};
 
 impl CodebookScheme {
     /// The table of quantized scales, in the order of codes.
@@ -446,135 +417,205 @@ impl<E: Element> Kernel for Encode<'_, E> {
     }
 }
 
+/// Scales for which no midpoint but zero is next to a weight that is subnormal in bfloat16, and no
+/// product of a weight rounds to zero.
+const USUAL: std::ops::RangeInclusive<f32> = f32::from_bits(27 << 23)..=f32::from_bits(142 << 23);
+
+/// What ranks are found with, as constants: selected from memory they are for one weight at a time.
+trait Constants {
+    const STAIRCASE: Staircase;
+    const LIMITS: Limits<16> = Limits::below(&Self::STAIRCASE.midpoints);
+}
+
+/// Of [`Codebook::Nf4`].
+enum Nf4 {}
+
+impl Constants for Nf4 {
+    const STAIRCASE: Staircase = Codebook::Nf4.staircase();
+}
+
+/// Of [`Codebook::Fp4`].
+enum Fp4 {}
+
+impl Constants for Fp4 {
+    const STAIRCASE: Staircase = Codebook::Fp4.staircase();
+}
+
 /// Encodes runs of blocks.
 struct Encoder {
     codebook: Codebook,
     block: usize,
     /// One over the scale of each chunk of a run.
     reciprocals: Vec<f32>,
-    /// The codes of a run, or pairs of them, in lanes as wide as those that they are found in: every
-    /// outcome of a comparison would be narrowed by itself.
-    codes: Vec<u32>,
+    /// Of each chunk of a run.
+    thresholds: Vec<Thresholds<16>>,
+    /// The ranks of a run, in lanes as wide as those that they are found in: every outcome of a
+    /// comparison would be narrowed by itself.
+    short: Vec<u16>,
+    wide: Vec<u32>,
 }
 
 impl Encoder {
     /// For runs of at most so many blocks.
     fn new(codebook: Codebook, block: usize, blocks: usize) -> Self {
         let len = block * blocks;
-        Self { codebook, block, reciprocals: vec![0.0; len / 4], codes: vec![0; len] }
+        Self {
+            codebook,
+            block,
+            reciprocals: vec![0.0; len / 4],
+            thresholds: vec![Thresholds::<16>::default(); len / 32],
+            short: vec![0; len],
+            wide: vec![0; len],
+        }
     }
 
     #[inline(always)]
     fn encode<E: Element>(&mut self, runs: Rows<'_, E::Raw>, scales: &[f32], packed: &mut [u8]) {
-        if self.block.is_multiple_of(32) {
-            self.find::<E, 32, 16>(runs, scales, packed);
-        } else {
-            self.find::<E, 4, 2>(runs, scales, packed);
-        }
-        if self.codebook == Codebook::Fp4 {
-            for (packed, scale) in packed.chunks_mut(self.block / 2).zip(scales) {
-                // Products with one over such a scale are zeros and NaNs.
-                if !scale.is_finite() {
-                    packed.fill(0);
+        match self.codebook {
+            Codebook::Nf4 => self.rank::<E, Nf4>(runs, scales, packed),
+            Codebook::Fp4 => {
+                self.rank::<E, Fp4>(runs, scales, packed);
+                for packed in &mut *packed {
+                    *packed = fp4_of_ranks(*packed);
+                }
+                for (packed, scale) in packed.chunks_mut(self.block / 2).zip(scales) {
+                    // Products with one over such a scale are zeros and NaNs.
+                    if !scale.is_finite() {
+                        packed.fill(0);
+                    }
                 }
             }
         }
     }
 
-    /// Finds the codes of a run in chunks of `N`, of which a block is a multiple: a block is too
-    /// short for a loop of its own. `N` is twice `PAIRS`.
+    /// Packs how many midpoints are less than each of a run, over its block's scale.
     #[inline(always)]
-    fn find<E: Element, const N: usize, const PAIRS: usize>(
+    fn rank<E: Element, T: Constants>(
         &mut self,
         runs: Rows<'_, E::Raw>,
         scales: &[f32],
         packed: &mut [u8],
     ) {
-        const NF4: Staircase = Codebook::Nf4.staircase();
-        const FP4: Staircase = Codebook::Fp4.staircase();
-        let reciprocal = |scale: f32| 1.0 / if scale < 1e-38 { 1e-38 } else { scale };
-        if self.block == N {
-            for (chunk, &scale) in self.reciprocals.iter_mut().zip(scales) {
-                *chunk = reciprocal(scale);
-            }
+        let is_usual = scales.iter().fold(true, |all, scale| all & USUAL.contains(scale));
+        if E::SIZE == 2 && is_usual && self.block.is_multiple_of(64) {
+            self.rank_by_thresholds::<E, T, 64>(runs, scales, packed);
+        } else if E::SIZE == 2 && is_usual && self.block.is_multiple_of(32) {
+            self.rank_by_thresholds::<E, T, 32>(runs, scales, packed);
+        } else if self.block.is_multiple_of(32) {
+            self.rank_by_products::<E, T, 32>(runs, scales, packed);
         } else {
-            for (chunks, &scale) in self.reciprocals.chunks_mut(self.block / N).zip(scales) {
-                chunks.fill(reciprocal(scale));
-            }
-        }
-        // No need to clamp: beyond the last midpoint all is the last entry. A NaN is beyond none.
-        match self.codebook {
-            Codebook::Nf4 => self.find_by::<E, N, PAIRS>(runs, packed, |y| NF4.below(y)),
-            Codebook::Fp4 => self.find_by::<E, N, PAIRS>(runs, packed, |y| FP4.fp4(y)),
+            self.rank_by_products::<E, T, 4>(runs, scales, packed);
         }
     }
 
+    /// As [`Self::rank`], of weights of 16 bits with usual scales, in chunks of `N`, of which a block is a
+    /// multiple: a block is too short for a loop of its own.
     #[inline(always)]
-    fn find_by<E: Element, const N: usize, const PAIRS: usize>(
+    fn rank_by_thresholds<E: Element, T: Constants, const N: usize>(
         &mut self,
-        runs: Rows<'_, E::Raw>,
+        Rows { row, next }: Rows<'_, E::Raw>,
+        scales: &[f32],
         packed: &mut [u8],
-        code: impl Fn(f32) -> u32,
     ) {
-        let Self { reciprocals, codes, .. } = self;
-        let Rows { row, next } = runs;
-        if E::PER_LANE == 2 {
-            let pairs = Rows { row: row.as_chunks::<2>().0, next: next.as_chunks::<2>().0 };
-            find_chunks::<_, PAIRS>(pairs, reciprocals, codes, |pair, reciprocal| {
-                let [first, second] = E::widen_pair(pair);
-                code(first * reciprocal) << 4 | code(second * reciprocal)
-            });
-            for (byte, pair) in packed.iter_mut().zip(codes) {
-                *byte = *pair as u8;
+        fill(&mut self.thresholds, self.block / N, scales, |scale| {
+            let reciprocal = reciprocal(scale);
+            T::LIMITS.thresholds::<E>(scale, |x| x * reciprocal)
+        });
+        let (chunks, rest) = row.as_chunks::<N>();
+        let sources = chunks.iter().zip(next.as_chunks::<N>().0);
+        let outs = self.short.as_chunks_mut::<N>().0.iter_mut().zip(&self.thresholds);
+        for ((chunk, next), (out, thresholds)) in sources.zip(outs) {
+            prefetch(next);
+            *out = ranks::<E, 16, N>(thresholds, chunk);
+        }
+        let last = &self.thresholds[row.len().div_ceil(N) - 1];
+        for (out, raw) in self.short[chunks.len() * N..].iter_mut().zip(rest) {
+            [*out] = ranks::<E, 16, 1>(last, std::array::from_ref(raw));
+        }
+        for (byte, &[first, second]) in packed.iter_mut().zip(self.short.as_chunks::<2>().0) {
+            // A lane of 32 bits, as they lie.
+            let pair = u32::from(first) | u32::from(second) << 16;
+            *byte = (pair << 4 | pair >> 16) as u8;
+        }
+    }
+
+    /// As [`Self::rank`], likewise. No need to clamp: beyond the last midpoint all is the last entry. A NaN
+    /// is beyond none.
+    #[inline(always)]
+    fn rank_by_products<E: Element, T: Constants, const N: usize>(
+        &mut self,
+        Rows { row, next }: Rows<'_, E::Raw>,
+        scales: &[f32],
+        packed: &mut [u8],
+    ) {
+        fill(&mut self.reciprocals, self.block / N, scales, reciprocal);
+        let rank = |raw, reciprocal| T::STAIRCASE.below(E::widen(raw) * reciprocal);
+        let (chunks, rest) = row.as_chunks::<N>();
+        let sources = chunks.iter().zip(next.as_chunks::<N>().0);
+        let outs = self.wide.as_chunks_mut::<N>().0.iter_mut().zip(&self.reciprocals);
+        for ((chunk, next), (out, &reciprocal)) in sources.zip(outs) {
+            if size_of_val(next) >= 64 {
+                prefetch(next);
             }
-        } else {
-            find_chunks::<_, N>(runs, reciprocals, codes, |raw, reciprocal| {
-                code(E::widen(raw) * reciprocal)
-            });
-            for (byte, [first, second]) in packed.iter_mut().zip(codes.as_chunks::<2>().0) {
-                *byte = (*first << 4 | *second) as u8;
+            for (out, &raw) in out.iter_mut().zip(chunk) {
+                *out = rank(raw, reciprocal);
             }
+        }
+        let last = self.reciprocals[row.len().div_ceil(N) - 1];
+        for (out, &raw) in self.wide[chunks.len() * N..].iter_mut().zip(rest) {
+            *out = rank(raw, last);
+        }
+        for (byte, [first, second]) in packed.iter_mut().zip(self.wide.as_chunks::<2>().0) {
+            *byte = (*first << 4 | *second) as u8;
         }
     }
 }
 
-/// Writes the code of each of a run, in chunks of a length that the compiler knows, given one over the
-/// scale of each chunk.
+/// What weights of a block are multiplied with.
 #[inline(always)]
-fn find_chunks<T: Copy, const N: usize>(
-    Rows { row, next }: Rows<'_, T>,
-    reciprocals: &[f32],
-    out: &mut [u32],
-    code: impl Fn(T, f32) -> u32,
-) {
-    let (chunks, rest) = row.as_chunks::<N>();
-    let sources = chunks.iter().zip(next.as_chunks::<N>().0);
-    let outs = out.as_chunks_mut::<N>().0.iter_mut().zip(reciprocals);
-    for ((chunk, next), (out, &reciprocal)) in sources.zip(outs) {
-        if size_of_val(next) >= 64 {
-            prefetch(next);
+fn reciprocal(scale: f32) -> f32 {
+    1.0 / if scale < 1e-38 { 1e-38 } else { scale }
+}
+
+/// Fills in what so many chunks of each block have in common.
+#[inline(always)]
+fn fill<P: Copy>(chunks: &mut [P], of_block: usize, scales: &[f32], common: impl Fn(f32) -> P) {
+    if of_block == 1 {
+        for (chunk, &scale) in chunks.iter_mut().zip(scales) {
+            *chunk = common(scale);
         }
-        for (out, &x) in out.iter_mut().zip(chunk) {
-            *out = code(x, reciprocal);
+    } else {
+        for (chunks, &scale) in chunks.chunks_mut(of_block).zip(scales) {
+            chunks.fill(common(scale));
         }
     }
-    for (out, &x) in out[chunks.len() * N..].iter_mut().zip(rest) {
-        *out = code(x, reciprocals[chunks.len()]);
-    }
+}
+
+/// A pair of FP4's codes by their ranks, in the order of [`Codebook::order`].
+#[inline(always)]
+const fn fp4_of_ranks(ranks: u8) -> u8 {
+    // Each step in both halves of the byte.
+    let negative = !ranks & 0x88;
+    // The eight negative ranks fall as magnitudes rise.
+    let magnitude = (ranks & 0x77) ^ (negative - (negative >> 3));
+    let is_zero = !(magnitude + 0x77) & 0x88;
+    // The magnitudes rise in the order of codes 0, 1, 6, 7, 4, 5, 2, 3. Of the zeros, the lower is 0.
+    (magnitude ^ (magnitude & 0x22) << 1) | (negative ^ is_zero)
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::tile::{Bf16, F16};
     use super::*;
 
-    /// The code by definition: each midpoint in turn, lowest first.
-    fn nearest(codebook: Codebook, y: f32) -> u32 {
+    /// The rank by definition: each midpoint in turn.
+    fn naive(codebook: Codebook, y: f32) -> u32 {
         let midpoints = codebook.staircase().midpoints;
-        codebook.order()[midpoints.iter().filter(|midpoint| **midpoint < y).count()].into()
+        midpoints.iter().filter(|midpoint| **midpoint < y).count() as u32
     }
 
     #[test]
-    fn codes_next_to_midpoints_and_at_the_ends_of_the_scale_are_as_defined() {
+    fn ranks_next_to_midpoints_and_at_the_ends_of_the_scale_are_as_defined() {
         let ends = [0.0, f32::from_bits(1), f32::MIN_POSITIVE, 1.0, 1.001, f32::MAX, f32::INFINITY];
         for codebook in [Codebook::Nf4, Codebook::Fp4] {
             let staircase = codebook.staircase();
@@ -582,12 +623,48 @@ mod tests {
                 staircase.midpoints.into_iter().flat_map(|m| [m.next_down(), m, m.next_up()]);
             let grid = (0..=1 << 14).map(|i| i as f32 / 16384.0);
             for y in near.chain(ends).chain(grid).flat_map(|y| [y, -y]) {
-                let code = match codebook {
-                    Codebook::Nf4 => staircase.below(y),
-                    Codebook::Fp4 => staircase.fp4(y),
-                };
-                assert_eq!(code, nearest(codebook, y), "{codebook:?} of {y:e}");
+                assert_eq!(staircase.below(y), naive(codebook, y), "{codebook:?} of {y:e}");
             }
         }
+    }
+
+    #[test]
+    fn codes_of_ranks_are_in_the_order_of_entries() {
+        let order = Codebook::Fp4.order();
+        for ranks in 0..=u8::MAX {
+            let [first, second] = [ranks >> 4, ranks & 15].map(|rank| order[usize::from(rank)]);
+            assert_eq!(fp4_of_ranks(ranks), first << 4 | second);
+        }
+    }
+
+    /// All weights, with scales of every significand that weights have, and others.
+    fn check_thresholds<E: Element<Raw = [u8; 2]>>(significand_bits: u32) {
+        let significands = (0..1u32 << significand_bits).map(|i| i << (23 - significand_bits));
+        let significands = significands.chain([1, 0x2a_aaab, 0x55_5555, 0x7f_ffff]);
+        for (i, significand) in significands.enumerate() {
+            // From the smallest to the largest that is usual.
+            let exponent = 27 + (i as u32 * 37) % 115;
+            let scale = f32::from_bits(exponent << 23 | significand);
+            let reciprocal = reciprocal(scale);
+            assert!(USUAL.contains(&scale));
+            for codebook in [Codebook::Nf4, Codebook::Fp4] {
+                let staircase = codebook.staircase();
+                let limits = Limits::<16>::below(&staircase.midpoints);
+                let thresholds = limits.thresholds::<E>(scale, |x| x * reciprocal);
+                for bits in 0..=u16::MAX {
+                    let y = E::widen(bits.to_le_bytes()) * reciprocal;
+                    if !y.is_nan() {
+                        let [found] = ranks::<E, 16, 1>(&thresholds, &[bits.to_le_bytes()]);
+                        assert_eq!(u32::from(found), staircase.below(y), "{y:e}, {scale:e}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn ranks_by_thresholds_are_those_of_products() {
+        check_thresholds::<Bf16>(7);
+        check_thresholds::<F16>(7);
     }
 }

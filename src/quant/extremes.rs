@@ -42,6 +42,9 @@ pub(super) trait Bits: Copy + Ord + std::fmt::Debug {
 
     /// Without its sign.
     fn magnitude(self) -> Self;
+
+    /// Of a pattern in 32 bits.
+    fn low(bits: u32) -> Self;
 }
 
 macro_rules! bits {
@@ -64,6 +67,11 @@ macro_rules! bits {
             #[inline(always)]
             fn magnitude(self) -> Self {
                 self & Self::MAX
+            }
+
+            #[inline(always)]
+            fn low(bits: u32) -> Self {
+                bits as Self
             }
         }
     };

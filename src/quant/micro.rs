@@ -29,6 +29,8 @@
 //! in f32 where the source's type can't hold it. E4M3 codes have the same relative error at every
 //! scale, so there it is the reference.
 
+use std::marker::PhantomData;
+
 use crate::dtype::Dtype;
 
 use super::chunks::Rows;
@@ -44,6 +46,7 @@ use super::minifloat::{
 use super::pack::pack;
 use super::shape::{bands, grouped, part};
 use super::survey::Survey;
+use super::thresholds::{Limits, by_magnitude};
 use super::tile::{Element, F32, Tile, for_element};
 use super::{Part, Quality, Role};
 
@@ -285,22 +288,19 @@ impl<E: Element> Kernel for Encode<'_, E> {
     #[inline(always)]
     fn run(self) {
         // Constants, for the compiler to unroll.
-        if self.scheme.group_size() == 16 { self.encode::<16>() } else { self.encode::<32>() }
+        if self.scheme.group_size() == 16 { self.encode::<16, 4>() } else { self.encode::<32, 2>() }
     }
 }
 
 impl<E: Element> Encode<'_, E> {
     #[inline(always)]
-    fn encode<const GROUP: usize>(self) {
+    fn encode<const GROUP: usize, const COUNT: usize>(self) {
         let (scheme, global) = (*self.scheme, self.global);
         let bits = scheme.bits();
         let searched = scheme.quality != Quality::Reference && scheme.float == MicroFloat::E2m1;
         let importance = self.importance.map(|importance| importance.of_row(self.cols));
         let mut search = searched.then(|| Search::new(scheme, global, importance));
-        let mut found = vec![0; self.cols / E::PER_LANE];
-        // A group is too short for a loop of its own, so its scale is spread over its lanes.
-        let lanes_of_group = GROUP / E::PER_LANE;
-        let mut spread = vec![0.0; self.cols / E::PER_LANE];
+        let mut finder = Finder::<E, GROUP, COUNT>::new(&scheme, self.cols);
         let groups_of_row = self.cols / GROUP;
         let mut magnitudes = vec![0.0; groups_of_row];
         let mut magnitude_bits = vec![E::Bits::ZERO; groups_of_row];
@@ -331,13 +331,7 @@ impl<E: Element> Encode<'_, E> {
                     _ => reciprocal,
                 };
             }
-            for (spread, factor) in spread.chunks_exact_mut(lanes_of_group).zip(&factors) {
-                // Whole vectors, which a fill of unknown length would not be.
-                for part in spread.as_chunks_mut::<8>().0 {
-                    *part = [*factor; 8];
-                }
-            }
-            encode_row::<E>(&scheme, rows, &spread, &mut found, codes);
+            finder.encode_row(rows, &values, &factors, codes);
             if !all_moderate {
                 let out = codes.chunks_exact_mut(GROUP * usize::from(bits) / 8);
                 for ((group, out), scale) in groups.iter().zip(out).zip(scales) {
@@ -364,69 +358,166 @@ fn is_moderate(scale: f32) -> bool {
 /// scale that falls short by a part in 2^20 has the quotient's code, and ties have the smaller one.
 const SHORT: f32 = 1.0 - 1.0 / 1_048_576.0;
 
-/// Packed codes of a row with moderate scales. Given for each lane is one over its scale, for with a
-/// power of two the product is exact in any element type; of an E4M3 scale and 32 bits the scale
-/// itself. `found` lends the memory.
-#[inline(always)]
-fn encode_row<E: Element>(
-    scheme: &MicroScheme,
-    row: Rows<'_, E::Raw>,
-    spread: &[f32],
-    found: &mut [u32],
-    out: &mut [u8],
-) {
-    match (scheme.float, scheme.dialect) {
-        (MicroFloat::E4m3, _) => {
-            find::<E, 8>(row, spread, found, |x, r| e4m3_code(x * r));
-            for (out, codes) in out.chunks_exact_mut(E::PER_LANE).zip(found) {
-                out.copy_from_slice(&codes.to_le_bytes()[..E::PER_LANE]);
-            }
-            return;
-        }
-        (_, MicroDialect::CompressedTensors) => {
-            find::<E, 4>(row, spread, found, |x, r| e2m1_code(x * r));
-        }
-        (_, MicroDialect::MlxPower) => {
-            find::<E, 4>(row, spread, found, |x, r| e2m1_down_code(x * r));
-        }
-        (_, MicroDialect::TensorGroup) => {
-            find::<E, 4>(row, spread, found, |x, scale| e2m1_code(x / scale));
-        }
-        (_, MicroDialect::MlxE4m3) if E::SIZE == 4 => {
-            find::<E, 4>(row, spread, found, |x, scale| e2m1_down_code(x / scale));
-        }
-        (_, MicroDialect::MlxE4m3) => {
-            find::<E, 4>(row, spread, found, |x, r| e2m1_down_code(x * r));
+/// What finds the codes of rows with moderate scales, with the memory for it. Of elements of 16 bits, `COUNT`
+/// groups, two lines of the cache, are done together, for the compiler to do many weights at a time.
+struct Finder<E: Element, const GROUP: usize, const COUNT: usize> {
+    scheme: MicroScheme,
+    /// For each midpoint, of each block of groups.
+    thresholds: Vec<[i32; COUNT]>,
+    short: Vec<u16>,
+    /// Of each lane: a group is too short for a loop of its own.
+    spread: Vec<f32>,
+    wide: Vec<u32>,
+    element: PhantomData<E>,
+}
+
+impl<E: Element, const GROUP: usize, const COUNT: usize> Finder<E, GROUP, COUNT> {
+    fn new(scheme: &MicroScheme, cols: usize) -> Self {
+        let by_thresholds = E::SIZE == 2 && scheme.float == MicroFloat::E2m1;
+        let (short, lanes) = if by_thresholds { (cols, 0) } else { (0, cols / E::PER_LANE) };
+        Self {
+            scheme: *scheme,
+            thresholds: vec![[0; COUNT]; MIDPOINTS.len() * (short / GROUP).div_ceil(COUNT)],
+            short: vec![0; short],
+            spread: vec![0.0; lanes],
+            wide: vec![0; lanes],
+            element: PhantomData,
         }
     }
-    if E::PER_LANE == 2 {
-        for (out, pair) in out.iter_mut().zip(found) {
-            *out = *pair as u8;
+
+    /// Packed codes of a row. Given for each group are its scale and one over that, for with a power of two
+    /// the product is exact in any element type; of an E4M3 scale and 32 bits the scale twice.
+    #[inline(always)]
+    fn encode_row(
+        &mut self,
+        row: Rows<'_, E::Raw>,
+        scales: &[f32],
+        factors: &[f32],
+        out: &mut [u8],
+    ) {
+        let MicroScheme { float, dialect, .. } = self.scheme;
+        if float == MicroFloat::E4m3 {
+            self.find(row, factors, |x, r| e4m3_code(x * r));
+            for (out, codes) in out.chunks_exact_mut(E::PER_LANE).zip(&self.wide) {
+                out.copy_from_slice(&codes.to_le_bytes()[..E::PER_LANE]);
+            }
+        } else if E::SIZE == 2 {
+            match dialect {
+                MicroDialect::CompressedTensors => {
+                    self.compare(&EVEN, row, (scales, factors), |x, r| x * r, signed);
+                }
+                MicroDialect::TensorGroup => {
+                    self.compare(&EVEN, row, (scales, factors), |x, scale| x / scale, signed);
+                }
+                MicroDialect::MlxPower | MicroDialect::MlxE4m3 => {
+                    self.compare(&DOWN, row, (scales, factors), |x, r| x * r, signed_down);
+                }
+            }
+            for (out, &[first, second]) in out.iter_mut().zip(self.short.as_chunks::<2>().0) {
+                // A lane of 32 bits, as they lie.
+                let pair = u32::from(first) | u32::from(second) << 16;
+                *out = (pair | pair >> 12) as u8;
+            }
+        } else {
+            match dialect {
+                MicroDialect::CompressedTensors => self.find(row, factors, |x, r| e2m1_code(x * r)),
+                MicroDialect::TensorGroup => self.find(row, factors, |x, s| e2m1_code(x / s)),
+                MicroDialect::MlxPower => self.find(row, factors, |x, r| e2m1_down_code(x * r)),
+                MicroDialect::MlxE4m3 => self.find(row, factors, |x, s| e2m1_down_code(x / s)),
+            }
+            for (out, [first, second]) in out.iter_mut().zip(self.wide.as_chunks::<2>().0) {
+                *out = (first | second << 4) as u8;
+            }
         }
-    } else {
-        for (out, [first, second]) in out.iter_mut().zip(found.as_chunks::<2>().0) {
-            *out = (first | second << 4) as u8;
+    }
+
+    /// Finds E2M1 codes of elements of 16 bits.
+    #[inline(always)]
+    fn compare(
+        &mut self,
+        limits: &Limits<8>,
+        Rows { row, next }: Rows<'_, E::Raw>,
+        (scales, factors): (&[f32], &[f32]),
+        product: impl Fn(f32, f32) -> f32,
+        code: impl Fn(bool, bool, u16) -> u16,
+    ) {
+        let blocks = self.thresholds.len() / MIDPOINTS.len();
+        for (k, all) in self.thresholds.chunks_exact_mut(blocks).enumerate() {
+            let groups = scales.iter().zip(factors);
+            for (threshold, (&scale, &factor)) in all.as_flattened_mut().iter_mut().zip(groups) {
+                *threshold = limits.threshold::<E>(k, scale, |x| product(x, factor));
+            }
+        }
+        let code = |bits: E::Bits, rank| {
+            code(bits < E::Bits::ZERO, bits.magnitude() > E::Bits::ZERO, rank)
+        };
+        let (groups, rest) = row.as_chunks::<GROUP>().0.as_chunks::<COUNT>();
+        let (out, rest_out) = self.short.as_chunks_mut::<GROUP>().0.as_chunks_mut::<COUNT>();
+        let nexts = next.as_chunks::<GROUP>().0.as_chunks::<COUNT>().0;
+        let mut thresholds = [&[0; COUNT]; MIDPOINTS.len()];
+        let mut take = |block: usize| {
+            for (k, of_block) in thresholds.iter_mut().enumerate() {
+                *of_block = &self.thresholds[k * blocks + block];
+            }
+            thresholds
+        };
+        let full = groups.len();
+        for (block, ((groups, next), out)) in groups.iter().zip(nexts).zip(out).enumerate() {
+            prefetch(next);
+            *out = by_magnitude::<E, _, GROUP, COUNT>(take(block), groups, code);
+        }
+        for (g, (group, out)) in rest.iter().zip(rest_out).enumerate() {
+            let thresholds = take(full).map(|of_block| std::array::from_ref(&of_block[g]));
+            [*out] = by_magnitude::<E, _, GROUP, 1>(thresholds, std::array::from_ref(group), code);
+        }
+    }
+
+    /// Finds codes among numbers: one to a lane, or two, of E4M3.
+    #[inline(always)]
+    fn find(
+        &mut self,
+        Rows { row, next }: Rows<'_, E::Raw>,
+        factors: &[f32],
+        code: impl Fn(f32, f32) -> u32,
+    ) {
+        for (spread, factor) in self.spread.chunks_exact_mut(GROUP / E::PER_LANE).zip(factors) {
+            // Whole vectors, which a fill of unknown length would not be.
+            for part in spread.as_chunks_mut::<8>().0 {
+                *part = [*factor; 8];
+            }
+        }
+        let Self { spread, wide, .. } = self;
+        if E::PER_LANE == 2 {
+            let pairs = Rows { row: row.as_chunks::<2>().0, next: next.as_chunks::<2>().0 };
+            find_lanes(pairs, spread, wide, |pair, scale| {
+                let [first, second] = E::widen_pair(pair);
+                code(first, scale) | code(second, scale) << 8
+            });
+        } else {
+            find_lanes(Rows { row, next }, spread, wide, |raw, scale| code(E::widen(raw), scale));
         }
     }
 }
 
-/// Writes the codes of a row, one or two of `BITS` to a lane.
+/// Between E2M1's magnitudes.
+pub(super) const MIDPOINTS: [f32; 7] = [0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0];
+
+/// Ties to even codes.
+pub(super) const EVEN: Limits<8> = Limits::even(&MIDPOINTS);
+
+/// Ties to the smaller magnitude.
+const DOWN: Limits<8> = Limits::below(&MIDPOINTS);
+
+/// The E2M1 code of a magnitude's, of a number that is negative or not, and zero or not.
 #[inline(always)]
-fn find<E: Element, const BITS: u32>(
-    Rows { row, next }: Rows<'_, E::Raw>,
-    spread: &[f32],
-    found: &mut [u32],
-    code: impl Fn(f32, f32) -> u32,
-) {
-    if E::PER_LANE == 2 {
-        let pairs = Rows { row: row.as_chunks::<2>().0, next: next.as_chunks::<2>().0 };
-        find_lanes(pairs, spread, found, |pair, scale| {
-            let [first, second] = E::widen_pair(pair);
-            code(first, scale) | code(second, scale) << BITS
-        });
-    } else {
-        find_lanes(Rows { row, next }, spread, found, |raw, scale| code(E::widen(raw), scale));
-    }
+pub(super) fn signed(is_negative: bool, is_nonzero: bool, magnitude: u16) -> u16 {
+    magnitude | u16::from(is_negative & is_nonzero) << 3
+}
+
+/// The same where what is rounded to zero has no sign.
+#[inline(always)]
+fn signed_down(is_negative: bool, _: bool, magnitude: u16) -> u16 {
+    magnitude | u16::from(is_negative & (magnitude > 0)) << 3
 }
 
 #[inline(always)]
@@ -498,19 +589,52 @@ fn e2m1_down_code(x: f32) -> u32 {
 
 #[cfg(test)]
 mod tests {
+    use super::super::tile::{Bf16, F16};
     use super::*;
 
-    #[test]
-    fn a_short_product_has_the_code_of_the_quotient() {
-        for scale in (1..E4M3_NAN).map(e4m3_value) {
-            let short = (1.0 / scale) * SHORT;
-            // Every significand of F16, and so of BF16, at quotients up to 8.
-            for bits in 0..0x4800u32 {
-                let x = f32::from_bits((bits << 13) + (112 << 23)) * scale;
-                let x = f32::from_bits(x.to_bits() & 0xffff_e000);
-                assert_eq!(e2m1_down_code(x * short), e2m1_down_code(x / scale), "{x} / {scale}");
-                assert_eq!(e2m1_down_code(-x * short), e2m1_down_code(-x / scale));
+    /// All weights that are at most `range` scales.
+    fn check<E: Element<Raw = [u8; 2]>>(
+        limits: &Limits<8>,
+        (scale, range): (f32, f32),
+        product: impl Fn(f32) -> f32,
+        code: impl Fn(bool, bool, u16) -> u16,
+        defined: impl Fn(f32) -> u32,
+    ) {
+        let thresholds: [[i32; 1]; 7] =
+            std::array::from_fn(|k| [limits.threshold::<E>(k, scale, &product)]);
+        for bits in 0..=u16::MAX {
+            let raw = bits.to_le_bytes();
+            let x = E::widen(raw);
+            if x.abs() <= range * scale {
+                let code = |bits: E::Bits, rank| {
+                    code(bits < E::Bits::ZERO, bits.magnitude() > E::Bits::ZERO, rank)
+                };
+                let [[found]] = by_magnitude::<E, _, 1, 1>(thresholds.each_ref(), &[[raw]], code);
+                assert_eq!(u32::from(found), defined(x / scale), "{x:e} / {scale:e}");
             }
         }
+    }
+
+    fn check_all<E: Element<Raw = [u8; 2]>>() {
+        for scale in [1, 27, 64, 110, 126, 127].map(e8m0_value) {
+            let product = |x| x / scale;
+            check::<E>(&EVEN, (scale, 1e3), product, signed, e2m1_code);
+            check::<E>(&DOWN, (scale, 1e3), product, signed_down, e2m1_down_code);
+        }
+        for code in 1..E4M3_NAN {
+            let scale = e4m3_value(code);
+            let short = (1.0 / scale) * SHORT;
+            check::<E>(&DOWN, (scale, 8.0), |x| x * short, signed_down, e2m1_down_code);
+            for global in [1.0, 0.75, 11.1, 12345.0] {
+                let scale = scale / global;
+                check::<E>(&EVEN, (scale, 1e3), |x| x / scale, signed, e2m1_code);
+            }
+        }
+    }
+
+    #[test]
+    fn codes_by_thresholds_are_those_of_quotients() {
+        check_all::<Bf16>();
+        check_all::<F16>();
     }
 }

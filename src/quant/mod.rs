@@ -37,6 +37,7 @@ mod spoilt;
 mod survey;
 #[cfg(test)]
 mod tests;
+mod thresholds;
 mod tile;
 mod transposed;
 mod weighed;

@@ -1,0 +1,134 @@
+//! Ranks of weights of 16 bits among a table's midpoints, by their bit patterns.
+//!
+//! Patterns are compared twice as many at a time as numbers, and nothing is multiplied.
+//! What a weight is multiplied with is the same for all of a group, and products rise with weights. So
+//! those beyond a midpoint are the weights beyond a threshold: the bit pattern of `midpoint * scale`
+//! rounded to nearest, or the one before, which its product tells.
+
+use super::extremes::Bits;
+use super::tile::Element;
+
+/// A threshold for each midpoint of a table of `N` entries, and an unused one.
+pub(super) type Thresholds<const N: usize> = [i32; N];
+
+/// The midpoints of a table of `N` entries, as [`Limits::thresholds`] needs them.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Limits<const N: usize> {
+    /// The largest magnitude of products that are not beyond a midpoint, or of those that are beyond
+    /// a negative one.
+    magnitudes: [f32; N],
+    /// All ones where the midpoint is negative.
+    negative: [i32; N],
+}
+
+impl<const N: usize> Limits<N> {
+    /// Of midpoints that rise, and belong to the entry below.
+    pub(super) const fn below(midpoints: &[f32]) -> Self {
+        let (mut magnitudes, mut negative) = ([1.0; N], [0; N]);
+        let mut i = 0;
+        while i < midpoints.len() {
+            let midpoint = midpoints[i];
+            (magnitudes[i], negative[i]) =
+                if midpoint < 0.0 { ((-midpoint).next_down(), -1) } else { (midpoint, 0) };
+            i += 1;
+        }
+        Self { magnitudes, negative }
+    }
+
+    /// Of midpoints that rise and are positive, and belong to the even one of their entries.
+    pub(super) const fn even(midpoints: &[f32]) -> Self {
+        let mut limits = Self::below(midpoints);
+        let mut i = 1;
+        while i < midpoints.len() {
+            limits.magnitudes[i] = midpoints[i].next_down();
+            i += 2;
+        }
+        limits
+    }
+
+    /// The thresholds of a group with a scale: a weight of 16 bits is beyond those whose midpoint is less
+    /// than its `product`, about that with one over the scale. Any numbers, if the scale is none.
+    #[inline(always)]
+    pub(super) fn thresholds<E: Element>(
+        &self,
+        scale: f32,
+        product: impl Fn(f32) -> f32,
+    ) -> Thresholds<N> {
+        let mut out = [0; N];
+        for (i, out) in out.iter_mut().enumerate() {
+            *out = self.threshold::<E>(i, scale, &product);
+        }
+        out
+    }
+
+    /// One of them.
+    #[inline(always)]
+    pub(super) fn threshold<E: Element>(
+        &self,
+        i: usize,
+        scale: f32,
+        product: impl Fn(f32) -> f32,
+    ) -> i32 {
+        let (limit, negative) = (self.magnitudes[i], self.negative[i]);
+        let near = E::narrow(limit * scale);
+        let is_over = product(E::value(E::Bits::low(near))) > limit;
+        let last = near.cast_signed() - i32::from(is_over);
+        // Of a negative midpoint what is over it is beyond, in integers that order as numbers.
+        (last ^ negative) + negative
+    }
+}
+
+/// Whether a pattern is beyond a threshold, as a number.
+#[inline(always)]
+fn is_beyond<B: Bits>(bits: B, threshold: i32) -> u16 {
+    u16::from(bits > B::low(threshold.cast_unsigned()))
+}
+
+/// How many midpoints are less than the product with each of so many weights of 16 bits.
+#[inline(always)]
+pub(super) fn ranks<E: Element, const N: usize, const LEN: usize>(
+    thresholds: &Thresholds<N>,
+    raw: &[E::Raw; LEN],
+) -> [u16; LEN] {
+    let mut ranks = [0; LEN];
+    let thresholds = &thresholds[..N - 1];
+    // Which of the two compilers do for many at a time depends on how many there are.
+    if LEN > 32 {
+        let bits = raw.map(|raw| E::bits(raw).ordered());
+        for threshold in thresholds {
+            for (rank, bits) in ranks.iter_mut().zip(bits) {
+                *rank += is_beyond(bits, *threshold);
+            }
+        }
+    } else {
+        for (rank, &raw) in ranks.iter_mut().zip(raw) {
+            let bits = E::bits(raw).ordered();
+            for threshold in thresholds {
+                *rank += is_beyond(bits, *threshold);
+            }
+        }
+    }
+    ranks
+}
+
+/// What `code` makes of the weights of several groups of 16 bits, and of how many midpoints are less than
+/// the product with their magnitudes. Given for each midpoint are the thresholds of all groups.
+#[inline(always)]
+pub(super) fn by_magnitude<E: Element, const N: usize, const LEN: usize, const COUNT: usize>(
+    thresholds: [&[i32; COUNT]; N],
+    groups: &[[E::Raw; LEN]; COUNT],
+    code: impl Fn(E::Bits, u16) -> u16,
+) -> [[u16; LEN]; COUNT] {
+    let mut codes = [[0; LEN]; COUNT];
+    for i in 0..LEN {
+        for g in 0..COUNT {
+            let bits = E::bits(groups[g][i]);
+            let mut rank = 0;
+            for threshold in thresholds {
+                rank += is_beyond(bits.magnitude(), threshold[g]);
+            }
+            codes[g][i] = code(bits, rank);
+        }
+    }
+    codes
+}
