@@ -17,9 +17,11 @@
 
 use crate::dtype::Dtype;
 
+use super::extremes::Bits;
 use super::grid::{Axis, Grid, PartBytes};
 use super::importance::Importance;
 use super::isa::{Isa, Kernel, prefetch};
+use super::micro::{EVEN, MIDPOINTS, signed};
 use super::minifloat::{E2M1_MAX, E8M0_NAN, e2m1, e2m1_rounded, e2m1_value, e8m0_value, within};
 use super::shape::{is_real, stripe_bytes};
 use super::tile::{Element, Tile, for_element};
@@ -30,6 +32,9 @@ const GROUP: usize = 32;
 
 /// Outputs that go through the kernel together: their groups fit in the first-level cache.
 const LANES: usize = 128;
+
+/// Elements of 16 bits that fill a line of the cache.
+const LINE: usize = 32;
 
 /// MXFP4 codes of stacked experts.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -124,91 +129,83 @@ impl<E: Element> Kernel for Encode<'_, E> {
         let groups = self.rows / GROUP;
         let (codes, _) = self.codes.as_chunks_mut::<{ GROUP / 2 }>();
         let importance = self.importance.map(|importance| importance.of_row(self.rows));
-        // Elements that fill a line of the cache; those of a lane lie apart.
-        let width = LANES * E::PER_LANE;
-        let mut parts = [[[0.0; LANES]; GROUP]; 2];
-        for first in (0..self.cols).step_by(width) {
-            let cols = width.min(self.cols - first);
+        let mut bits = [[E::Bits::ZERO; LANES]; GROUP];
+        let mut weights = [[0.0; LANES]; GROUP];
+        for first in (0..self.cols).step_by(LANES) {
+            let cols = LANES.min(self.cols - first);
             for g in 0..groups {
-                for r in 0..GROUP {
+                for (r, bits) in bits.iter_mut().enumerate() {
                     let row = &self.source[(g * GROUP + r) * self.stride + first..][..cols];
-                    load::<E>(row, parts.each_mut().map(|part| &mut part[r]));
-                    if let Some(next) =
-                        self.source.get((g * GROUP + GROUP + r) * self.stride + first..)
-                        && let Some(next) = next.first_chunk::<LANES>()
+                    for (bits, &raw) in bits.iter_mut().zip(row) {
+                        *bits = E::bits(raw);
+                    }
+                    let next = self.source.get((g * GROUP + GROUP + r) * self.stride + first..);
+                    for line in
+                        next.unwrap_or_default().as_chunks::<LINE>().0.iter().take(LANES / LINE)
                     {
-                        prefetch(next);
+                        prefetch(line);
                     }
                 }
-                for (part, weights) in parts[..E::PER_LANE].iter().enumerate() {
-                    let scales = match (self.searched, &importance) {
-                        (false, _) => reference(weights),
-                        (true, None) => searched(weights, |_| 1.0),
-                        (true, Some(importance)) => {
-                            let importance = &importance[g * GROUP..][..GROUP];
-                            searched(weights, |row| importance[row])
-                        }
-                    };
-                    let words = words(weights, &scales);
-                    for (lane, col) in (part..cols).step_by(E::PER_LANE).enumerate() {
-                        let at = (first + col) * groups + g;
-                        self.scales[at] = scales[lane] as u8;
-                        let out = codes[at].as_chunks_mut::<4>().0;
-                        for (out, words) in out.iter_mut().zip(&words) {
-                            *out = words[lane].to_le_bytes();
+                if self.searched || E::SIZE == 4 {
+                    for (weights, bits) in weights.iter_mut().zip(&bits) {
+                        for (x, &bits) in weights.iter_mut().zip(bits) {
+                            *x = E::value(bits);
                         }
                     }
                 }
+                let scales = match (self.searched, &importance) {
+                    (false, _) => reference::<E>(&bits),
+                    (true, None) => searched(&weights, reference::<E>(&bits), |_| 1.0),
+                    (true, Some(importance)) => {
+                        let importance = &importance[g * GROUP..][..GROUP];
+                        searched(&weights, reference::<E>(&bits), |row| importance[row])
+                    }
+                };
+                let words = if E::SIZE == 4 {
+                    words(&weights, &scales)
+                } else {
+                    words_of_patterns::<E>(&bits, &scales)
+                };
+                for lane in 0..cols {
+                    let at = (first + lane) * groups + g;
+                    self.scales[at] = scales[lane] as u8;
+                    let out = codes[at].as_chunks_mut::<4>().0;
+                    for (out, words) in out.iter_mut().zip(&words) {
+                        *out = words[lane].to_le_bytes();
+                    }
+                }
             }
-        }
-    }
-}
-
-/// Takes in a row of a group: of those in pairs, the first ones and the second ones.
-#[inline(always)]
-fn load<E: Element>(row: &[E::Raw], [firsts, seconds]: [&mut [f32; LANES]; 2]) {
-    if E::PER_LANE == 2 {
-        let (pairs, rest) = row.as_chunks::<2>();
-        if let Ok(pairs) = <&[[E::Raw; 2]; LANES]>::try_from(pairs) {
-            for ((first, second), &pair) in firsts.iter_mut().zip(seconds).zip(pairs) {
-                [*first, *second] = E::widen_pair(pair);
-            }
-        } else {
-            for ((first, second), &pair) in firsts.iter_mut().zip(seconds).zip(pairs) {
-                [*first, *second] = E::widen_pair(pair);
-            }
-            if let Some(&last) = rest.first() {
-                firsts[pairs.len()] = E::widen(last);
-            }
-        }
-    } else {
-        for (x, &raw) in firsts.iter_mut().zip(row) {
-            *x = E::widen(raw);
         }
     }
 }
 
 /// A group's scale in E8M0 by definition, for each lane.
 #[inline(always)]
-fn reference(weights: &[[f32; LANES]; GROUP]) -> [u32; LANES] {
-    let mut largest = [0u32; LANES];
-    for xs in weights {
-        for (largest, x) in largest.iter_mut().zip(xs) {
-            *largest = (x.to_bits() & 0x7fff_ffff).max(*largest);
+fn reference<E: Element>(bits: &[[E::Bits; LANES]; GROUP]) -> [u32; LANES] {
+    let mut largest = [E::Bits::ZERO; LANES];
+    for row in bits {
+        for (largest, bits) in largest.iter_mut().zip(row) {
+            *largest = bits.magnitude().max(*largest);
         }
     }
-    largest.map(|bits| {
+    let mut scales = [0; LANES];
+    for (scale, largest) in scales.iter_mut().zip(largest) {
+        let bits = E::value(largest).to_bits();
         let exponent = (bits >> 23).saturating_sub(2);
         let exponent = if bits == 0 { 127 } else { exponent };
-        if bits < f32::INFINITY.to_bits() { exponent } else { u32::from(E8M0_NAN) }
-    })
+        *scale = if bits < f32::INFINITY.to_bits() { exponent } else { u32::from(E8M0_NAN) };
+    }
+    scales
 }
 
 /// The best of that scale and its neighbours, for each lane. The errors of a row count for what `count`
 /// says.
 #[inline(always)]
-fn searched(weights: &[[f32; LANES]; GROUP], count: impl Fn(usize) -> f32 + Copy) -> [u32; LANES] {
-    let reference = reference(weights);
+fn searched(
+    weights: &[[f32; LANES]; GROUP],
+    reference: [u32; LANES],
+    count: impl Fn(usize) -> f32 + Copy,
+) -> [u32; LANES] {
     let mut best = (reference, errors(weights, &reference, count));
     for step in [1, u32::MAX] {
         // Errors at these scales are numbers, and not zero for want of smaller ones.
@@ -274,6 +271,46 @@ fn words(weights: &[[f32; LANES]; GROUP], scales: &[u32; LANES]) -> [[u32; LANES
         }
         for (word, scale) in words.iter_mut().zip(scales) {
             *word = if *scale == u32::from(E8M0_NAN) { 0 } else { *word };
+        }
+    }
+    words
+}
+
+/// The same of elements of 16 bits, by their patterns.
+#[inline(always)]
+fn words_of_patterns<E: Element>(
+    bits: &[[E::Bits; LANES]; GROUP],
+    scales: &[u32; LANES],
+) -> [[u32; LANES]; GROUP / 8] {
+    let mut thresholds = [[E::Bits::ZERO; LANES]; MIDPOINTS.len()];
+    for (k, thresholds) in thresholds.iter_mut().enumerate() {
+        for (threshold, &scale) in thresholds.iter_mut().zip(scales) {
+            let reciprocal = reciprocal(scale);
+            let scale = e8m0_value(scale as u8);
+            let found = EVEN.threshold::<E>(k, scale, |x| x * reciprocal);
+            *threshold = E::Bits::low(found.cast_unsigned());
+        }
+    }
+    // Four rows' codes to a half of a word.
+    let mut halves = [[0u16; LANES]; GROUP / 4];
+    for (rows, halves) in bits.as_chunks::<4>().0.iter().zip(&mut halves) {
+        for (i, row) in rows.iter().enumerate() {
+            for lane in 0..LANES {
+                let bits = row[lane];
+                let mut rank = 0;
+                for thresholds in &thresholds {
+                    rank += u16::from(bits.magnitude() > thresholds[lane]);
+                }
+                let is_nonzero = bits.magnitude() > E::Bits::ZERO;
+                halves[lane] |= signed(bits < E::Bits::ZERO, is_nonzero, rank) << (4 * i);
+            }
+        }
+    }
+    let mut words = [[0; LANES]; GROUP / 8];
+    for ([low, high], words) in halves.as_chunks::<2>().0.iter().zip(&mut words) {
+        for (((word, low), high), scale) in words.iter_mut().zip(low).zip(high).zip(scales) {
+            let codes = u32::from(*low) | u32::from(*high) << 16;
+            *word = if *scale == u32::from(E8M0_NAN) { 0 } else { codes };
         }
     }
     words
