@@ -379,7 +379,13 @@ impl<E: Element> Kernel for Encode<'_, E> {
         let mut row_scales = vec![[0; 2]; groups];
         let mut row_zeros = vec![0; groups];
         let zero_pitch = rows.next_multiple_of(8);
+        // Those of symmetric codes are all the same, but for the padding.
         let mut zeros = vec![0; groups * zero_pitch];
+        if symmetric {
+            for line in zeros.chunks_exact_mut(zero_pitch) {
+                line[..rows].fill(range.byte(0.0));
+            }
+        }
         let (words, _) = self.codes.as_chunks_mut::<4>();
         let row_words = words.len() / width;
         let (scales, _) = self.scales.as_chunks_mut::<2>();
@@ -408,17 +414,19 @@ impl<E: Element> Kernel for Encode<'_, E> {
                         }
                     }
                     // All of a row, before they are scattered, for the compiler to do many at a time.
-                    let stored = row_scales.iter_mut().zip(&mut row_zeros);
-                    for (fit, (scale, zero)) in fits.iter().zip(stored) {
-                        F16::store(F16::round(fit.scale), scale);
-                        *zero = range.byte(fit.zero_point);
+                    for (fit, scale) in fits.iter().zip(&mut row_scales) {
+                        *scale = (F16::narrow(fit.scale) as u16).to_le_bytes();
                     }
-                    let lines = scales.chunks_exact_mut(rows);
-                    for (line, scale) in lines.zip(&row_scales) {
+                    for (line, scale) in scales.chunks_exact_mut(rows).zip(&row_scales) {
                         line[r] = *scale;
                     }
-                    for (line, zero) in zeros.chunks_exact_mut(zero_pitch).zip(&row_zeros) {
-                        line[r] = *zero;
+                    if !symmetric {
+                        for (fit, zero) in fits.iter().zip(&mut row_zeros) {
+                            *zero = range.byte(fit.zero_point);
+                        }
+                        for (line, zero) in zeros.chunks_exact_mut(zero_pitch).zip(&row_zeros) {
+                            line[r] = *zero;
+                        }
                     }
                 }
                 let line = &mut lines[lane * pitch..][..width];
