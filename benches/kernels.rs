@@ -1,8 +1,8 @@
 //! How fast each scheme encodes on one core, beside reading memory; surveys are counted apart.
 //!
 //! `cargo bench --bench kernels`, or with `-- WORD` the schemes that have it in their names. What
-//! reads memory is a loop over lanes of u64, in the same run: machines that are shared are slower
-//! from one run to the next.
+//! reads memory is a loop over lanes of u64, in the same run, and int4 is measured again beside each
+//! scheme: machines that are shared are slower from one second to the next.
 
 use std::hint::black_box;
 use std::time::Instant;
@@ -31,8 +31,8 @@ fn schemes(quality: Quality) -> Vec<Scheme> {
     out
 }
 
-/// Source bytes a second, of weights one after the other: the best of many rounds.
-fn rate(scheme: Scheme, isa: Isa, dtype: Dtype, bytes: &[u8]) -> f64 {
+/// Encodes weights that lie one after the other, each time it is called; how long that took, in seconds.
+fn runner(scheme: Scheme, isa: Isa, dtype: Dtype, bytes: &[u8]) -> impl FnMut() -> f64 {
     let shape: &[u64] = match scheme {
         Scheme::Experts(_) => &[1, ROWS as u64, COLS as u64],
         _ => &[ROWS as u64, COLS as u64],
@@ -42,22 +42,39 @@ fn rate(scheme: Scheme, isa: Isa, dtype: Dtype, bytes: &[u8]) -> f64 {
     let (slab, width) = scheme.grid(dtype, shape, u64::MAX).view();
     let (rows, cols) = (slab as usize, width as usize);
     let weights = bytes.chunks_exact(ROWS * COLS * dtype.bitsize() / 8);
-    let tile = |weight| {
+    let tile = move |weight| {
         let data = Reals::new(dtype, weight).expect("a float type");
         Tile { data, rows, cols, stride: cols, importance: None }
     };
     let mut survey = Survey::default();
     scheme.survey(isa, &tile(bytes), &mut survey);
-    let mut best = f64::INFINITY;
-    for _ in 0..ROUNDS {
+    move || {
         let mut out: Vec<&mut [u8]> = parts.iter_mut().map(|part| &mut part[..]).collect();
         let start = Instant::now();
         for weight in weights.clone() {
             scheme.encode(isa, &tile(weight), &survey, &mut out);
         }
-        best = best.min(start.elapsed().as_secs_f64());
+        start.elapsed().as_secs_f64()
     }
-    bytes.len() as f64 / best
+}
+
+/// The best of many rounds.
+fn best(mut run: impl FnMut() -> f64) -> f64 {
+    (0..ROUNDS).map(|_| run()).fold(f64::INFINITY, f64::min)
+}
+
+/// The best of many rounds, and the median of what each took for the time of `base` just before: a shared
+/// machine is faster now and slower then.
+fn beside(mut base: impl FnMut() -> f64, mut run: impl FnMut() -> f64) -> (f64, f64) {
+    let (mut best, mut ratios) = (f64::INFINITY, Vec::new());
+    for _ in 0..ROUNDS {
+        let base = base();
+        let seconds = run();
+        best = best.min(seconds);
+        ratios.push(seconds / base);
+    }
+    ratios.sort_by(f64::total_cmp);
+    (best, ratios[ROUNDS / 2])
 }
 
 /// Bytes a second of a loop that adds up what it reads, of more than any cache holds: the best of
@@ -104,13 +121,13 @@ fn main() {
     // More than any cache holds.
     let many = bf16.repeat(128);
     for isa in Isa::available() {
-        let rate = rate(int4, isa, Dtype::BF16, &many);
+        let rate = many.len() as f64 / best(runner(int4, isa, Dtype::BF16, &many));
         println!("{} BF16 from memory: {:.2} GB/s of source, {int4}", isa.name(), rate / 1e9);
     }
     for isa in Isa::available() {
         for (dtype, bytes) in [(Dtype::BF16, &bf16), (Dtype::F16, &f16), (Dtype::F32, &f32s)] {
             for quality in [Quality::Reference, Quality::Search] {
-                let int4 = rate(schemes(quality)[0], isa, dtype, bytes);
+                let mut int4 = runner(schemes(quality)[0], isa, dtype, bytes);
                 println!(
                     "{} {dtype}: GB/s of source, of memory's rate, against int4's time",
                     isa.name()
@@ -119,8 +136,9 @@ fn main() {
                     if !scheme.to_string().contains(&wanted) {
                         continue;
                     }
-                    let rate = rate(scheme, isa, dtype, bytes);
-                    let (gb, share, times) = (rate / 1e9, rate / memory, int4 / rate);
+                    let (seconds, times) = beside(&mut int4, runner(scheme, isa, dtype, bytes));
+                    let rate = bytes.len() as f64 / seconds;
+                    let (gb, share) = (rate / 1e9, rate / memory);
                     println!("  {gb:6.2}  {share:5.3}  x {times:5.2}  {scheme}");
                 }
             }
