@@ -22,15 +22,24 @@ pub(crate) fn cpu_ns(clock: ClockId) -> u64 {
 
 /// `f` of every position below `count`, in their order.
 pub(crate) fn map<T: Send>(count: usize, f: impl Fn(usize) -> T + Sync) -> Vec<T> {
+    map_with(count, |(), position| f(position))
+}
+
+/// As [`map`], with something that each thread has to itself.
+pub(crate) fn map_with<S: Default, T: Send>(
+    count: usize,
+    f: impl Fn(&mut S, usize) -> T + Sync,
+) -> Vec<T> {
     let next = AtomicUsize::new(0);
     let work = || {
+        let mut own = S::default();
         let mut done = Vec::new();
         loop {
             let position = next.fetch_add(1, Ordering::Relaxed);
             if position >= count {
                 return done;
             }
-            done.push((position, f(position)));
+            done.push((position, f(&mut own, position)));
         }
     };
     let mut done = thread::scope(|scope| {
@@ -66,6 +75,20 @@ mod tests {
             let ranges = map_ranges(len, |range| range);
             assert_eq!((ranges[0].start, ranges[ranges.len() - 1].end), (0, len));
             assert!(ranges.windows(2).all(|pair| pair[0].end == pair[1].start));
+        }
+    }
+
+    #[test]
+    fn what_a_thread_has_is_its_own() {
+        let seen = map_with(1000, |own: &mut Vec<usize>, i| {
+            own.push(i);
+            (thread::current().id(), own.len())
+        });
+        // Each thread counts from one on.
+        let mut counts = std::collections::HashMap::new();
+        for (id, len) in seen {
+            *counts.entry(id).or_insert(0) += 1;
+            assert_eq!(counts[&id], len);
         }
     }
 

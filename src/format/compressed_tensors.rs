@@ -29,7 +29,8 @@ use crate::dtype::Dtype;
 use crate::error::Result;
 use crate::quant::{Granularity, IntScheme, Packing, Scheme};
 use crate::recipe::{Assignment, Decision, Job, Joined, Offer, Request, Schemes, is_expert};
-use crate::source::Catalog;
+use crate::source::{Catalog, Tensor};
+use crate::threads;
 
 /// One of the integer formats.
 #[derive(Debug)]
@@ -107,7 +108,7 @@ impl Format for CtInt {
     }
 
     fn lay_out(&self, Job { catalog, request, .. }: Job<'_>, assignment: Assignment) -> Plan {
-        let mut plan = Plan::new(assignment, catalog.tensors().len() * 2);
+        let mut plan = Plan::new(assignment, catalog.tensors().len() * 3);
         for (id, tensor) in catalog.tensors().iter().enumerate() {
             let Decision::Quantize(Scheme::Int(int)) = plan.assignment[id] else {
                 plan.keep(id);
@@ -154,13 +155,19 @@ impl CtInt {
 /// `integrations/compressed_tensors.py`.)
 fn experts_scheme(catalog: &Catalog, scheme: IntScheme) -> IntScheme {
     let packed = IntScheme { symmetric: true, packing: Packing::Packed32, ..scheme };
-    let fits = catalog.tensors().iter().all(|tensor| {
+    let tensors = catalog.tensors();
+    let fits = |tensor: &Tensor| {
         let Some(module) = tensor.name.strip_suffix(".weight") else { return true };
         tensor.shape.len() != 2
             || Scheme::Int(packed).accepts(tensor.dtype, &tensor.shape).is_ok()
             || !is_expert(module)
-    });
-    if fits { packed } else { IntScheme { granularity: Granularity::Channel, ..packed } }
+    };
+    let all_fit = threads::map_ranges(tensors.len(), |range| tensors[range].iter().all(fits));
+    if !all_fit.contains(&false) {
+        packed
+    } else {
+        IntScheme { granularity: Granularity::Channel, ..packed }
+    }
 }
 
 fn config_group(scheme: IntScheme, target: String) -> Value {
@@ -194,7 +201,7 @@ fn config_group(scheme: IntScheme, target: String) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::source::{Decoder, Extent, Tensor};
+    use crate::source::{Decoder, Extent};
 
     /// The config groups of a mixture whose experts are `width` wide inside.
     fn groups(format: &dyn Format, symmetric: Option<bool>, width: u64) -> Value {

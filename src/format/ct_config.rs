@@ -8,6 +8,7 @@ use super::Plan;
 use crate::quant::Scheme;
 use crate::recipe::{Decision, is_expert, module_of, names_in_loaders};
 use crate::source::Catalog;
+use crate::threads;
 
 /// The loader finds the experts' group by the word in its pattern.
 const EXPERTS: &str = r"re:(?:.*\.)?experts\.\d+\..*";
@@ -25,12 +26,17 @@ pub(super) fn declare(
 ) {
     let mut dense: Vec<(Scheme, Vec<&str>)> = Vec::new();
     let mut experts = None;
-    for weight in &plan.weights {
-        let module = module_of(&catalog[weight.tensor].name);
-        if is_expert(module) {
+    let of_experts = threads::map_ranges(plan.weights.len(), |range| {
+        let modules =
+            plan.weights[range].iter().map(|weight| module_of(&catalog[weight.tensor].name));
+        modules.map(is_expert).collect::<Vec<_>>()
+    });
+    for (weight, is_expert) in plan.weights.iter().zip(of_experts.into_iter().flatten()) {
+        if is_expert {
             experts = Some(weight.scheme);
             continue;
         }
+        let module = module_of(&catalog[weight.tensor].name);
         match dense.iter_mut().find(|(scheme, _)| *scheme == weight.scheme) {
             Some((_, modules)) => modules.push(module),
             None => dense.push((weight.scheme, vec![module])),

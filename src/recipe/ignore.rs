@@ -7,7 +7,7 @@
 //! and adds a few patterns for what no checkpoint tells. A pattern is only added when it matches
 //! none of the quantized modules.
 
-use std::collections::HashSet;
+use hashbrown::HashSet;
 
 use super::linear::{Kind, Reason};
 use super::{stack_of, vocabulary};
@@ -78,7 +78,8 @@ pub(super) fn ignore(kept: &[KeptModule<'_>], quantized: &[&str]) -> Vec<String>
 
 /// The last four components of a path: a head's name has two, and two layers follow at most.
 fn tail(module: &str) -> &str {
-    module.rmatch_indices('.').nth(3).map_or(module, |(dot, _)| &module[dot + 1..])
+    let dots = module.bytes().enumerate().rev().filter(|(_, byte)| *byte == b'.');
+    dots.map(|(dot, _)| dot).nth(3).map_or(module, |dot| &module[dot + 1..])
 }
 
 /// Other names under which a loader may hold the module: with the base model's prefix or without,

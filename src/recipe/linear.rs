@@ -7,15 +7,16 @@
 //! and from both what to do with it. A weight is only called [`Kind::Linear`] when it is provably
 //! one; a doubtful one is kept and belongs into `ignore` all the same.
 
-use std::collections::{HashMap, HashSet};
-
+use hashbrown::{HashMap, HashSet};
 use serde_json::Value;
 
+use super::is_float;
 use super::vocabulary::{
-    CONV1D_NAMES, CONV1D_TYPES, HEADS, before_number, is_embedding, is_linear_name, is_number,
-    is_projection, is_rearranged, is_router, is_table, is_token_table, is_vocabulary, is_within,
-    part_named, split_last,
+    CONV1D_NAMES, CONV1D_TYPES, HEADS, before_number, components, is_embedding, is_linear_name,
+    is_number, is_projection, is_rearranged, is_router, is_table, is_token_table, is_vocabulary,
+    is_within, part_named, split_last,
 };
+use crate::source::Tensor;
 use crate::threads;
 
 /// Why a tensor is kept as it is.
@@ -114,20 +115,9 @@ impl Kind {
     }
 }
 
-/// One tensor, as far as this module needs to know it.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Entry<'a> {
-    /// Its full name.
-    pub(super) name: &'a str,
-    /// Its shape, outermost dimension first.
-    pub(super) shape: &'a [u64],
-    /// Whether its elements are floating-point numbers of 16 bits or more.
-    pub(super) is_float: bool,
-}
-
 /// The kind of every tensor of a checkpoint, in the order given. `config` is the parsed
 /// `config.json`, where there is one.
-pub(super) fn classify(tensors: &[Entry<'_>], config: Option<&Value>) -> Vec<Kind> {
+pub(super) fn classify(tensors: &[Tensor], config: Option<&Value>) -> Vec<Kind> {
     let evidence = Evidence::gather(tensors, config);
     let kinds = threads::map_ranges(tensors.len(), |range| {
         let mut memo = Memo::default();
@@ -137,9 +127,9 @@ pub(super) fn classify(tensors: &[Entry<'_>], config: Option<&Value>) -> Vec<Kin
 }
 
 /// Whether a tensor is a matrix for each of a mixture's experts.
-fn is_stack_of_experts(tensor: &Entry<'_>) -> bool {
+fn is_stack_of_experts(tensor: &Tensor) -> bool {
     let is_mixture = |component| matches!(component, "experts" | "block_sparse_moe");
-    tensor.shape.len() == 3 && split_last(tensor.name).0.split('.').any(is_mixture)
+    tensor.shape.len() == 3 && components(split_last(&tensor.name).0).any(is_mixture)
 }
 
 /// Answers that many tensors share.
@@ -175,7 +165,7 @@ struct Evidence<'a> {
 }
 
 impl<'a> Evidence<'a> {
-    fn gather(tensors: &[Entry<'a>], config: Option<&'a Value>) -> Self {
+    fn gather(tensors: &'a [Tensor], config: Option<&'a Value>) -> Self {
         let mut evidence = Self::default();
         if let Some(config) = config {
             evidence.read_config(config);
@@ -211,8 +201,8 @@ impl<'a> Evidence<'a> {
         }
     }
 
-    fn note(&mut self, tensor: &Entry<'a>) {
-        let (module, parameter) = split_last(tensor.name);
+    fn note(&mut self, tensor: &'a Tensor) {
+        let (module, parameter) = split_last(&tensor.name);
         if parameter == "bias" {
             if let [len] = *tensor.shape {
                 self.biases.insert(module, len);
@@ -226,7 +216,7 @@ impl<'a> Evidence<'a> {
         }
         // Only up to the first numbered block: beyond it every path repeats.
         let mut start = 0;
-        for component in tensor.name.split('.') {
+        for component in components(&tensor.name) {
             let parent = tensor.name[..start].trim_end_matches('.');
             match component {
                 "experts" => {
@@ -243,7 +233,7 @@ impl<'a> Evidence<'a> {
     }
 
     /// The bias is as long as the weight is wide, and not as it is high.
-    fn is_transposed(&self, tensor: &Entry<'_>) -> bool {
+    fn is_transposed(&self, tensor: &Tensor) -> bool {
         let [rows, columns] = *tensor.shape else { return false };
         let Some(module) = tensor.name.strip_suffix(".weight") else { return false };
         rows != columns
@@ -252,12 +242,12 @@ impl<'a> Evidence<'a> {
             && self.biases.get(module) == Some(&columns)
     }
 
-    fn kind(&self, tensor: &Entry<'a>, memo: &mut Memo<'a>) -> Kind {
+    fn kind(&self, tensor: &'a Tensor, memo: &mut Memo<'a>) -> Kind {
         let [rows, columns] = *tensor.shape else {
-            let is_stack = tensor.is_float && is_stack_of_experts(tensor);
+            let is_stack = is_float(tensor.dtype) && is_stack_of_experts(tensor);
             return Kind::Other(if is_stack { Reason::FusedExperts } else { Reason::NotAMatrix });
         };
-        if !tensor.is_float {
+        if !is_float(tensor.dtype) {
             return Kind::Other(Reason::NotFloat);
         }
         let Some(module) = tensor.name.strip_suffix(".weight") else {
@@ -275,9 +265,6 @@ impl<'a> Evidence<'a> {
             (Kind::Linear, None) => {}
             _ => return kind,
         }
-        if is_router(module) {
-            return Kind::Spared(Reason::Router);
-        }
         if self.is_output_head(module, rows, columns) {
             return Kind::Spared(Reason::OutputHead);
         }
@@ -285,7 +272,7 @@ impl<'a> Evidence<'a> {
     }
 
     /// What the tensor is, whatever it is for.
-    fn nature(&self, tensor: &Entry<'a>, module: &'a str, memo: &mut Memo<'a>) -> Kind {
+    fn nature(&self, tensor: &'a Tensor, module: &'a str, memo: &mut Memo<'a>) -> Kind {
         let [rows, columns] = *tensor.shape else { return Kind::Other(Reason::NotAMatrix) };
         let (parent, leaf) = split_last(module);
         if self.conv1d && CONV1D_NAMES.contains(&leaf) {
@@ -324,7 +311,7 @@ impl<'a> Evidence<'a> {
             return None;
         }
         let mut start = 0;
-        for component in block.split('.') {
+        for component in components(block) {
             let parent = block[..start].trim_end_matches('.');
             start += component.len();
             let path = &block[..start];
@@ -359,7 +346,7 @@ impl<'a> Evidence<'a> {
         }
         // Inside a head, the layer that makes the scores.
         (is_number(leaf) || matches!(leaf, "out_proj" | "decoder" | "out" | "proj" | "output"))
-            && parent.split('.').any(|component| HEADS.contains(&component))
+            && components(parent).any(|component| HEADS.contains(&component))
     }
 }
 
@@ -383,21 +370,27 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::dtype::Dtype;
+    use crate::source::Decoder;
 
     /// A name, a shape, the length of the bias beside it (0 for none) and the kind.
     type Case = (&'static str, &'static [u64], u64, Kind);
 
     #[track_caller]
     fn check(config: Value, cases: &[Case]) {
-        let biases: Vec<(String, [u64; 1])> = cases
-            .iter()
-            .filter(|(_, _, bias, _)| *bias > 0)
-            .map(|(name, _, bias, _)| (name.replace(".weight", ".bias"), [*bias]))
-            .collect();
-        let mut entries: Vec<Entry<'_>> =
-            cases.iter().map(|(name, shape, _, _)| Entry { name, shape, is_float: true }).collect();
-        entries.extend(biases.iter().map(|(name, shape)| Entry { name, shape, is_float: true }));
-        let kinds = classify(&entries, Some(&config));
+        let tensor = |name: &str, shape: &[u64]| Tensor {
+            name: name.to_owned(),
+            dtype: Dtype::BF16,
+            shape: shape.to_vec(),
+            decoder: Decoder::Plain,
+            operands: Vec::new(),
+        };
+        let weights = cases.iter().map(|(name, shape, ..)| tensor(name, shape));
+        let biases = cases.iter().filter(|(_, _, bias, _)| *bias > 0);
+        let biases =
+            biases.map(|(name, _, bias, _)| tensor(&name.replace(".weight", ".bias"), &[*bias]));
+        let tensors: Vec<Tensor> = weights.chain(biases).collect();
+        let kinds = classify(&tensors, Some(&config));
         for ((name, _, _, expected), kind) in cases.iter().zip(kinds) {
             assert_eq!(kind, *expected, "{name}");
         }

@@ -8,9 +8,9 @@ mod pattern;
 mod vocabulary;
 
 use std::borrow::Cow;
-use std::collections::HashMap;
 use std::path::PathBuf;
 
+use hashbrown::HashMap;
 use serde_json::Value;
 
 use crate::dtype::Dtype;
@@ -217,16 +217,7 @@ impl Assignment {
         }
         let skip = Patterns::new("--skip", &request.skip)?;
         let only = Patterns::new("--only", &request.only)?;
-        let entries: Vec<linear::Entry<'_>> = catalog
-            .tensors()
-            .iter()
-            .map(|tensor| linear::Entry {
-                name: &tensor.name,
-                shape: &tensor.shape,
-                is_float: is_float(tensor.dtype),
-            })
-            .collect();
-        let kinds = linear::classify(&entries, config);
+        let kinds = linear::classify(catalog.tensors(), config);
         let (choices, mut warnings) = overrides::choose(catalog, &kinds, request, offer.joined)?;
         let judge = |id: TensorId| {
             let tensor = &catalog[id];
@@ -330,7 +321,7 @@ impl std::ops::Index<TensorId> for Assignment {
 
 /// The module that a tensor belongs to: its name without its last component.
 pub fn module_of(tensor: &str) -> &str {
-    tensor.rsplit_once('.').map_or(tensor, |(module, _)| module)
+    vocabulary::last_dot(tensor).map_or(tensor, |dot| &tensor[..dot])
 }
 
 /// Other names by which a loader may hold a quantized module, be it as a part of a fused one.
@@ -345,12 +336,9 @@ pub fn names_in_loaders(module: &str) -> Vec<String> {
 
 /// Whether the module belongs to one of several experts that are stored one by one.
 pub fn is_expert(module: &str) -> bool {
-    let mut expert = "";
-    module.rsplit('.').any(|component| {
-        let below = std::mem::replace(&mut expert, component);
-        component == "experts"
-            && !below.is_empty()
-            && below.bytes().all(|byte| byte.is_ascii_digit())
+    let mut above = "";
+    vocabulary::components(module).any(|component| {
+        std::mem::replace(&mut above, component) == "experts" && vocabulary::is_number(component)
     })
 }
 
@@ -483,17 +471,15 @@ fn fused_experts_kept(
     decisions: &[Decision],
     config: Option<&Value>,
 ) -> Option<String> {
-    let (mut all, mut kept) = (0, 0);
-    for ((tensor, kind), decision) in catalog.tensors().iter().zip(kinds).zip(decisions) {
-        all += tensor.elements();
-        if kind.reason() == Some(Reason::FusedExperts) && matches!(decision, Decision::Keep { .. })
-        {
-            kept += tensor.elements();
-        }
-    }
+    let is_kept = |id: &TensorId| {
+        kinds[*id].reason() == Some(Reason::FusedExperts)
+            && matches!(decisions[*id], Decision::Keep { .. })
+    };
+    let kept: u64 = (0..kinds.len()).filter(is_kept).map(|id| catalog[id].elements()).sum();
     if kept == 0 {
         return None;
     }
+    let all: u64 = catalog.tensors().iter().map(Tensor::elements).sum();
     let is_gpt_oss = config.is_some_and(|config| config["model_type"] == "gpt_oss");
     let instead = if is_gpt_oss {
         "--format mxfp4 quantizes them"
@@ -507,17 +493,22 @@ fn fused_experts_kept(
 /// Every kept Linear by its own name and by those that loaders know it by, and the heads that a
 /// loader may make although the checkpoint has none.
 fn ignored(catalog: &Catalog, kinds: &[Kind], decisions: &[Decision]) -> Vec<String> {
-    let mut quantized = Vec::new();
-    let mut kept = Vec::new();
-    for ((tensor, kind), decision) in catalog.tensors().iter().zip(kinds).zip(decisions) {
-        let name = module_of(&tensor.name);
-        match decision {
-            Decision::Quantize(_) => quantized.push(name),
-            Decision::Keep { linear: true, .. } => kept.push(KeptModule { name, kind: *kind }),
-            Decision::Keep { .. } => {}
+    let sorted = threads::map_ranges(decisions.len(), |range| {
+        let (mut kept, mut quantized) = (Vec::new(), Vec::new());
+        for id in range {
+            let name = module_of(&catalog[id].name);
+            match decisions[id] {
+                Decision::Quantize(_) => quantized.push(name),
+                Decision::Keep { linear: true, .. } => {
+                    kept.push(KeptModule { name, kind: kinds[id] });
+                }
+                Decision::Keep { .. } => {}
+            }
         }
-    }
-    ignore::ignore(&kept, &quantized)
+        (kept, quantized)
+    });
+    let (kept, quantized): (Vec<_>, Vec<_>) = sorted.into_iter().unzip();
+    ignore::ignore(&kept.concat(), &quantized.concat())
 }
 
 #[cfg(test)]

@@ -103,7 +103,8 @@ impl Joined {
 /// `model.layers.0.mlp.experts` and `gate_proj`.
 pub fn stack_of(module: &str) -> Option<(&str, &str)> {
     let mut rest = module;
-    while let Some((above, component)) = rest.rsplit_once('.') {
+    while let Some(dot) = vocabulary::last_dot(rest) {
+        let (above, component) = (&rest[..dot], &rest[dot + 1..]);
         let is_experts = above == "experts" || above.ends_with(".experts");
         if is_experts
             && component.bytes().all(|byte| byte.is_ascii_digit())

@@ -141,7 +141,31 @@ pub(super) fn splits_attention(module: &str) -> bool {
 
 /// The part of a name before its last dot, and the one after it.
 pub(super) fn split_last(name: &str) -> (&str, &str) {
-    name.rsplit_once('.').unwrap_or(("", name))
+    last_dot(name).map_or(("", name), |dot| (&name[..dot], &name[dot + 1..]))
+}
+
+/// Where a name's last dot is.
+pub(super) fn last_dot(name: &str) -> Option<usize> {
+    name.bytes().rposition(|byte| byte == b'.')
+}
+
+/// What stands between the dots of a name.
+pub(super) fn components(name: &str) -> impl Iterator<Item = &str> {
+    split(name, b'.')
+}
+
+/// As [`str::split`] at an ASCII character, which takes longer to begin than such short texts take to end.
+fn split(text: &str, at: u8) -> impl Iterator<Item = &str> {
+    let mut rest = Some(text);
+    std::iter::from_fn(move || {
+        let text = rest?;
+        let (part, after) = match text.bytes().position(|byte| byte == at) {
+            Some(end) => (&text[..end], Some(&text[end + 1..])),
+            None => (text, None),
+        };
+        rest = after;
+        Some(part)
+    })
 }
 
 pub(super) fn is_number(component: &str) -> bool {
@@ -151,7 +175,7 @@ pub(super) fn is_number(component: &str) -> bool {
 /// The path up to its first numbered component, or all of it.
 pub(super) fn before_number(path: &str) -> &str {
     let mut start = 0;
-    for component in path.split('.') {
+    for component in components(path) {
         if is_number(component) {
             return path[..start].trim_end_matches('.');
         }
@@ -166,7 +190,7 @@ pub(super) fn is_within(path: &str, parent: &str) -> bool {
 
 /// The words of a component: split at underscores, without trailing digits.
 pub(super) fn words(component: &str) -> impl Iterator<Item = &str> {
-    component.split('_').map(|word| word.trim_end_matches(|c: char| c.is_ascii_digit()))
+    split(component, b'_').map(|word| word.trim_end_matches(|c: char| c.is_ascii_digit()))
 }
 
 /// A table of tokens as language models call it. The text side of a contrastive or a segmenting

@@ -1,10 +1,10 @@
 //! Names, element types and shapes of a checkpoint's logical tensors; never their data.
 
-use std::hash::{BuildHasher, RandomState};
+use std::hash::BuildHasher;
 use std::sync::Arc;
 
-use hashbrown::HashTable;
 use hashbrown::hash_table::Entry;
+use hashbrown::{DefaultHashBuilder, HashTable};
 
 use super::decode::Coded;
 use crate::dtype::Dtype;
@@ -84,7 +84,7 @@ pub struct Catalog {
     tensors: Vec<Tensor>,
     /// The positions of the tensors, by name. Names come from strangers, so the hash is keyed.
     by_name: HashTable<u32>,
-    hash: RandomState,
+    hash: DefaultHashBuilder,
 }
 
 impl Catalog {
@@ -93,7 +93,7 @@ impl Catalog {
     /// # Errors
     /// Two tensors of the same name.
     pub fn new(tensors: Vec<Tensor>) -> Result<Self, [Box<Tensor>; 2]> {
-        let hash = RandomState::new();
+        let hash = DefaultHashBuilder::default();
         let hash_of = |tensor: &Tensor| hash.hash_one(tensor.name.as_str());
         let hashes: Vec<Vec<u64>> = threads::map_ranges(tensors.len(), |range| {
             tensors[range].iter().map(hash_of).collect()

@@ -1,10 +1,10 @@
 //! The header of one safetensors file, parsed strictly.
 
-use std::collections::HashSet;
 use std::fmt;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
+use hashbrown::HashSet;
 use serde::Deserialize;
 use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
 use serde_json::Value;
@@ -51,6 +51,11 @@ impl Header {
     /// shapes that overflow), and for duplicate keys, which it lets pass. `Io` where the file
     /// can't be read.
     pub fn read(file: &File, file_len: u64) -> Result<Self> {
+        Self::read_with(&mut Vec::new(), file, file_len)
+    }
+
+    /// As [`read`](Self::read), with memory for the text that may serve again.
+    pub(super) fn read_with(json: &mut Vec<u8>, file: &File, file_len: u64) -> Result<Self> {
         let read = |buf: &mut [u8], offset| {
             file.read_exact_at(buf, offset).map_err(|cause| Error::io("read the header", cause))
         };
@@ -72,9 +77,9 @@ impl Header {
                 "the header claims {header_len} bytes, but the file has {file_len} in all"
             )));
         }
-        let mut json = vec![0; header_len as usize];
-        read(&mut json, LENGTH_BYTES)?;
-        Self::parse(&json, file_len)
+        json.resize(header_len as usize, 0);
+        read(json, LENGTH_BYTES)?;
+        Self::parse(json, file_len)
     }
 
     /// Validates a header's JSON, given the length of the whole file.

@@ -1,16 +1,16 @@
 //! The index of a sharded checkpoint: which shard holds which tensor.
 
 use std::borrow::Cow;
-use std::collections::HashMap;
 use std::fmt;
 use std::path::{Component, Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
+use hashbrown::HashMap;
 use serde::Deserialize;
-use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
+use serde::de::{Deserializer, MapAccess, Visitor};
 use serde_json::{Map, Value};
 
 use super::catalog::Catalog;
-use super::header::first_duplicate;
 use crate::error::{self, Error, ErrorKind, Result};
 use crate::threads;
 
@@ -53,11 +53,14 @@ impl Index {
     /// Validates the JSON of the index of that name.
     ///
     /// # Errors
-    /// `Corrupt` for malformed JSON, duplicate tensors, no tensors at all and shard names that
-    /// leave the directory.
+    /// `Corrupt` for malformed JSON, no tensors at all and shard names that leave the directory.
     pub(super) fn parse<'a>(file_name: &str, json: &'a [u8]) -> Result<(Self, WeightMap<'a>)> {
-        let raw: RawIndex<'_> = serde_json::from_slice(json)
-            .map_err(|cause| Error::caused(ErrorKind::Corrupt, "malformed index", cause))?;
+        let malformed = |cause: Box<dyn std::error::Error + Send + Sync>| {
+            Error::caused(ErrorKind::Corrupt, "malformed index", cause)
+        };
+        let text = std::str::from_utf8(json).map_err(|cause| malformed(cause.into()))?;
+        let raw: RawIndex<'_> =
+            serde_json::from_str(text).map_err(|cause| malformed(cause.into()))?;
         let RawMap { mut tensors, shards } = raw.weight_map;
         if tensors.is_empty() {
             return Err(error::corrupt("`weight_map` names no tensor"));
@@ -93,25 +96,30 @@ impl Index {
         Ok((index, WeightMap(tensors)))
     }
 
-    /// Every tensor of the index must be in the shard that the index names.
+    /// Every tensor of the index must be in the shard that the index names, and stand there once.
     ///
     /// # Errors
-    /// `Corrupt` with the first name, in sorted order, that isn't.
+    /// `Corrupt` with the first name, in sorted order, that isn't or doesn't.
     pub(super) fn check(&self, weight_map: &WeightMap<'_>, catalog: &Catalog) -> Result<()> {
         let WeightMap(tensors) = weight_map;
-        let is_wrong = |(name, shard): &&(Cow<'_, str>, usize)| {
-            catalog.find(name).is_none_or(|id| catalog[id].shard() != *shard)
+        let is_named: Vec<AtomicBool> = catalog.tensors().iter().map(|_| false.into()).collect();
+        // The name, and the shard that it is not in; none for one that stands twice.
+        let fault = |(name, shard): &'_ (Cow<'_, str>, usize)| match catalog.find(name) {
+            Some(id) if catalog[id].shard() == *shard => {
+                is_named[id].swap(true, Ordering::Relaxed).then_some(None)
+            }
+            _ => Some(Some(*shard)),
         };
-        let wrong = threads::map_ranges(tensors.len(), |range| {
-            tensors[range].iter().filter(is_wrong).min()
+        let faults = threads::map_ranges(tensors.len(), |range| {
+            let named = tensors[range].iter();
+            named.filter_map(|tensor| Some((&*tensor.0, fault(tensor)?))).min()
         });
-        match wrong.into_iter().flatten().min() {
-            None => Ok(()),
-            Some((name, shard)) => Err(error::corrupt(format!(
-                "{}: `{name}` is not in shard {}",
-                self.file_name, self.shards[*shard]
-            ))),
-        }
+        let what = match faults.into_iter().flatten().min() {
+            None => return Ok(()),
+            Some((name, None)) => format!("`{name}` stands twice"),
+            Some((name, Some(shard))) => format!("`{name}` is not in shard {}", self.shards[shard]),
+        };
+        Err(error::corrupt(format!("{}: {what}", self.file_name)))
     }
 }
 
@@ -144,9 +152,6 @@ impl<'de: 'a, 'a> Deserialize<'de> for RawMap<'a> {
                         });
                     }
                     tensors.push((name, last));
-                }
-                if let Some(name) = first_duplicate(tensors.iter().map(|(name, _)| &**name)) {
-                    return Err(A::Error::custom(format_args!("`{name}` stands twice")));
                 }
                 Ok(RawMap { tensors, shards })
             }
@@ -218,6 +223,17 @@ pub(super) fn unindexed_shards(dir: &Path) -> Result<Vec<String>> {
     Ok(found)
 }
 
+/// The safetensors files of a directory that are numbered, and named as the index of that name is.
+///
+/// # Errors
+/// `Io` where the directory can't be listed.
+pub(super) fn shards_named_like(dir: &Path, index: &str) -> Result<Vec<String>> {
+    let mut found = file_names(dir)?;
+    let stem = index.strip_suffix(INDEX_SUFFIX);
+    found.retain(|name| numbered(name).is_some_and(|(of, ..)| Some(of) == stem));
+    Ok(found)
+}
+
 /// Whether a file holds an adapter (LoRA and the like), which lies beside a model and is not part
 /// of it.
 pub(crate) fn is_adapter(file_name: &str) -> bool {
@@ -246,8 +262,10 @@ fn missing_of_set(dir: &Path, stem: &str, count: &str, found: &[String]) -> Erro
 fn numbered(file_name: &str) -> Option<(&str, &str, &str)> {
     let (rest, count) = file_name.strip_suffix(".safetensors")?.rsplit_once("-of-")?;
     let (stem, number) = rest.rsplit_once('-')?;
-    let digits = |s: &str| s.len() == 5 && s.bytes().all(|b| b.is_ascii_digit());
-    (digits(number) && digits(count)).then_some((stem, number, count))
+    let digits = |s: &str| s.bytes().all(|b| b.is_ascii_digit());
+    // DeepSeek-V3 counts in six digits, and numbers in five.
+    let are_numbers = number.len() == 5 && count.len() >= 5 && digits(number) && digits(count);
+    are_numbers.then_some((stem, number, count))
 }
 
 /// The UTF-8 names of the files in a directory, sorted. Symbolic links count as what they lead to.
@@ -256,8 +274,12 @@ fn file_names(dir: &Path) -> Result<Vec<String>> {
     let mut names = Vec::new();
     for entry in std::fs::read_dir(dir).map_err(at)? {
         let entry = entry.map_err(at)?;
+        let is_dir = match entry.file_type() {
+            Ok(kind) if !kind.is_symlink() => kind.is_dir(),
+            _ => entry.path().is_dir(),
+        };
         if let Ok(name) = entry.file_name().into_string()
-            && !entry.path().is_dir()
+            && !is_dir
         {
             names.push(name);
         }
@@ -283,7 +305,6 @@ mod tests {
         refuses("{}", "missing field `weight_map`");
         refuses(r#"{"weight_map":{}}"#, "names no tensor");
         refuses(r#"{"weight_map":{"a":1}}"#, "expected a string");
-        refuses(r#"{"weight_map":{"a":"x","a":"y"}}"#, "`a` stands twice");
         for name in ["../x", "/x", "", "a/../../x", ".", "a/x"] {
             let json = format!(r#"{{"weight_map":{{"a":"x.safetensors","b":{name:?}}}}}"#);
             refuses(&json, &format!("`b`: shard name {name:?} leaves the directory"));
@@ -322,5 +343,8 @@ mod tests {
         let (one, two) = ("m-00001-of-00002.safetensors", "m-00002-of-00002.safetensors");
         check(&[one, two], Ok(&[one, two]));
         check(&[two], Err("m-00001-of-00002.safetensors is missing"));
+        let six = ["m-00001-of-000002.safetensors", "m-00002-of-000002.safetensors"];
+        check(&six, Ok(&six));
+        check(&six[1..], Err("m-00001-of-000002.safetensors is missing"));
     }
 }

@@ -18,7 +18,7 @@ mod window;
 
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use serde_json::{Map, Value};
 
@@ -97,25 +97,49 @@ impl Checkpoint {
                 )));
             }
         };
-        let Some(index) = index else { return Self::assemble(dir, None, names) };
-        let text = std::fs::read(&index).map_err(|cause| Error::io(index.display(), cause))?;
-        let name = index.file_name().unwrap_or_default().to_string_lossy();
-        let parsed = Index::parse(&name, &text).map_err(|error| error.within(&name))?;
+        let dir = dir.canonicalize().map_err(|cause| Error::io(dir.display(), cause))?;
+        let Some(index) = index else {
+            let opened = Shard::open_all(&dir, &names);
+            return Self::assemble(dir, None, &names, opened);
+        };
+        let file_name = index.file_name().unwrap_or_default().to_string_lossy();
+        // What it will say, most likely.
+        let expected = index::shards_named_like(&dir, &file_name)?;
+        let (text, parsed) = (OnceLock::new(), OnceLock::new());
+        let parse = || {
+            let read = std::fs::read(&index);
+            let read = read.map_err(|cause| Error::io(index.display(), cause))?;
+            Index::parse(&file_name, text.get_or_init(|| read))
+                .map_err(|error| error.within(&file_name))
+        };
+        let steps = threads::map_with(1 + expected.len(), |header, step| {
+            let Some(position) = step.checked_sub(1) else {
+                let _ = parsed.set(parse());
+                return None;
+            };
+            Some(Shard::open(&dir, &expected[position], position, header))
+        });
+        let mut opened: Vec<_> = steps.into_iter().flatten().collect();
+        let parsed = parsed.into_inner().expect("the first step parses it")?;
         let names = parsed.0.shards.clone();
-        Self::assemble(dir, Some(parsed), names)
+        if names != expected {
+            opened = Shard::open_all(&dir, &names);
+        }
+        Self::assemble(dir, Some(parsed), &names, opened)
     }
 
+    /// The checkpoint of shards that were opened, by these names.
     fn assemble(
-        dir: &Path,
+        dir: PathBuf,
         index: Option<(Index, WeightMap<'_>)>,
-        names: Vec<String>,
+        names: &[String],
+        opened: Vec<Result<(Shard, Vec<Tensor>)>>,
     ) -> Result<Self> {
-        let dir = dir.canonicalize().map_err(|cause| Error::io(dir.display(), cause))?;
-        let opened = threads::map(names.len(), |position| Shard::open(&dir, &names[position]));
         let mut shards = Vec::with_capacity(names.len());
-        let mut tensors = Vec::new();
+        let count = opened.iter().flatten().map(|(_, tensors)| tensors.len()).sum();
+        let mut tensors = Vec::with_capacity(count);
         for (position, opened) in opened.into_iter().enumerate() {
-            let (shard, entries) = opened.map_err(|error| match &index {
+            let (shard, stored) = opened.map_err(|error| match &index {
                 Some((index, _)) if error.kind() == ErrorKind::NotFound => error::corrupt(format!(
                     "{}: names shard {}, which is missing",
                     index.file_name, names[position]
@@ -123,13 +147,7 @@ impl Checkpoint {
                 _ => error,
             })?;
             shards.push(shard);
-            tensors.extend(entries.into_iter().map(|entry| Tensor {
-                name: entry.name,
-                dtype: entry.dtype,
-                shape: entry.shape,
-                decoder: Decoder::Plain,
-                operands: vec![Extent { shard: position, start: entry.start, len: entry.len }],
-            }));
+            tensors.extend(stored);
         }
         let stored = Catalog::new(tensors).map_err(|twins| {
             let [first, second] = twins.each_ref().map(|twin| shards[twin.shard()].file.name());
@@ -337,10 +355,30 @@ impl Checkpoint {
 }
 
 impl Shard {
-    fn open(dir: &Path, name: &str) -> Result<(Self, Vec<Entry>)> {
+    /// Opens the shards of these names, and says what is stored in them.
+    fn open_all(dir: &Path, names: &[String]) -> Vec<Result<(Self, Vec<Tensor>)>> {
+        threads::map_with(names.len(), |header, position| {
+            Self::open(dir, &names[position], position, header)
+        })
+    }
+
+    fn open(
+        dir: &Path,
+        name: &str,
+        position: usize,
+        header: &mut Vec<u8>,
+    ) -> Result<(Self, Vec<Tensor>)> {
         let (source, file) = SourceFile::open(dir, name)?;
-        let header = Header::read(&file, source.len()).map_err(|error| error.within(name))?;
-        Ok((Self { file: Arc::new(source), metadata: header.metadata }, header.entries))
+        let header = Header::read_with(header, &file, source.len());
+        let header = header.map_err(|error| error.within(name))?;
+        let stored = header.entries.into_iter().map(|entry| Tensor {
+            name: entry.name,
+            dtype: entry.dtype,
+            shape: entry.shape,
+            decoder: Decoder::Plain,
+            operands: vec![Extent { shard: position, start: entry.start, len: entry.len }],
+        });
+        Ok((Self { file: Arc::new(source), metadata: header.metadata }, stored.collect()))
     }
 }
 

@@ -7,7 +7,7 @@ use super::text::{Entries, Outline, Sink};
 use crate::dtype::{self, Dtype};
 use crate::format::{Content, Item, Plan, Weight};
 use crate::quant::Part;
-use crate::source::Catalog;
+use crate::source::{Catalog, Tensor};
 
 /// A safetensors file laid out from a plan's items.
 ///
@@ -150,7 +150,8 @@ pub(super) fn quoted_name(plan: &Plan, catalog: &Catalog, item: &Item, sink: &mu
     sink.bytes(b"\"");
     sink.escaped(name);
     sink.bytes(joint.as_bytes());
-    sink.escaped(suffix);
+    // A word of ours.
+    sink.bytes(suffix.as_bytes());
     sink.bytes(b"\"");
 }
 
@@ -204,6 +205,8 @@ impl Entries for Header<'_> {
 struct Types<'a> {
     subject: Subject<'a>,
     alike: Vec<Alike<'a>>,
+    /// The weight asked for last, whose next part is mostly asked for next, and the one it is like.
+    last: Option<(usize, usize)>,
 }
 
 struct Alike<'a> {
@@ -218,7 +221,7 @@ const ALIKE: usize = 16;
 
 impl<'a> Types<'a> {
     fn new(subject: Subject<'a>) -> Self {
-        Self { subject, alike: Vec::new() }
+        Self { subject, alike: Vec::new(), last: None }
     }
 
     fn of(&mut self, item: &'a Item) -> (Dtype, Cow<'_, [u64]>) {
@@ -226,20 +229,29 @@ impl<'a> Types<'a> {
         let Content::Part { weight, part } = item.content else {
             return plan.type_of(catalog, item);
         };
-        let (weight, tensor) = (plan.weights[weight], &catalog[item.tensor]);
+        let position = match self.last {
+            Some((last, position)) if last == weight => position,
+            _ => self.alike(&plan.weights[weight], &catalog[item.tensor]),
+        };
+        self.last = Some((weight, position));
+        let part = &self.alike[position].parts[usize::from(part)];
+        (part.dtype, part.shape.as_slice().into())
+    }
+
+    /// Where in `alike` a weight is.
+    fn alike(&mut self, weight: &Weight, tensor: &'a Tensor) -> usize {
         let is_alike = |known: &Alike<'_>| {
             known.shape == tensor.shape
                 && known.dtype == tensor.dtype
-                && Weight { tensor: weight.tensor, survey: weight.survey, ..known.weight } == weight
+                && Weight { tensor: weight.tensor, survey: weight.survey, ..known.weight }
+                    == *weight
         };
-        let position = self.alike.iter().position(is_alike).unwrap_or_else(|| {
+        self.alike.iter().position(is_alike).unwrap_or_else(|| {
             self.alike.truncate(ALIKE - 1);
             let (dtype, shape, parts) = (tensor.dtype, &tensor.shape, weight.parts(tensor));
-            self.alike.push(Alike { weight, dtype, shape, parts });
+            self.alike.push(Alike { weight: *weight, dtype, shape, parts });
             self.alike.len() - 1
-        });
-        let part = &self.alike[position].parts[usize::from(part)];
-        (part.dtype, part.shape.as_slice().into())
+        })
     }
 }
 
@@ -263,7 +275,7 @@ mod tests {
     use super::*;
     use crate::format::{self, Inline};
     use crate::recipe::{Job, Request};
-    use crate::source::{Decoder, Extent, Tensor};
+    use crate::source::{Decoder, Extent};
 
     /// Tensors of odd sizes, shown as they are but for the last, which is metadata.
     fn odd_shard() -> (Catalog, Plan, VirtualShard) {

@@ -24,6 +24,7 @@ use stored::Stored;
 use super::catalog::{Catalog, Tensor};
 use crate::dtype::Dtype;
 use crate::error::{self, Result};
+use crate::threads;
 
 /// Where configs declare a quantization.
 pub(super) const DECLARATIONS: [&str; 3] =
@@ -101,7 +102,10 @@ pub(super) fn logical(
     read: &dyn Fn(&Tensor) -> Result<Vec<u8>>,
 ) -> Result<Outcome> {
     let declared = config.and_then(Declared::find);
-    if declared.is_none() && !catalog.tensors().iter().any(is_quantized) {
+    let tensors = catalog.tensors();
+    let any_quantized =
+        || threads::map_ranges(tensors.len(), |range| tensors[range].iter().any(is_quantized));
+    if declared.is_none() && !any_quantized().contains(&true) {
         return Ok(Outcome::Plain);
     }
     let mut stored = Stored::new(catalog, config.and_then(model_dtype), read);

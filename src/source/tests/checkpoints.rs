@@ -84,6 +84,24 @@ fn opens_any_index_and_prefers_the_default_one() {
 }
 
 #[test]
+fn opens_the_shards_that_the_index_names_whatever_else_lies_beside_them() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path();
+    write_sharded(path);
+    write_shard(&path.join("model-00002-of-00003.safetensors"), &[("a", 9)], 3);
+    write_shard(&path.join("consolidated.safetensors"), &[("a", 9)], 3);
+    assert_eq!(tensors(path), three());
+    fs::write(path.join("model-00001-of-00003.safetensors"), "damaged").expect("written");
+    assert_eq!(tensors(path), three());
+    let odd = "weights.safetensors";
+    fs::rename(path.join(TWO), path.join(odd)).expect("renamed");
+    write_index(&path.join(INDEX), &json!({ "a": ONE, "b": ONE, "c": odd }));
+    let mut expected = three();
+    expected[2].1 = odd.to_owned();
+    assert_eq!(tensors(path), expected);
+}
+
+#[test]
 fn opens_a_hub_cache_snapshot() {
     let dir = tempfile::tempdir().expect("a directory");
     let snapshot = dir.path().join("snapshots/0123abcd");
@@ -121,10 +139,13 @@ fn refuses_an_index_that_its_shards_contradict() {
         |dir| write_shard(&dir.join(TWO), &[("c", 7), ("a", 3)], 0),
         &format!("`a` stands both in {ONE} and in {TWO}"),
     );
-    refuses_spoilt(
-        |dir| fs::write(dir.join(INDEX), r#"{"weight_map":{"a":"x"#).expect("written"),
-        &format!("{INDEX}: malformed index: EOF"),
-    );
+    let text = |text: String| move |dir: &Path| fs::write(dir.join(INDEX), text).expect("written");
+    let begun = r#"{"weight_map":{"a":"x"#.to_owned();
+    refuses_spoilt(text(begun), &format!("{INDEX}: malformed index: EOF"));
+    let twice = format!(r#"{{"weight_map":{{"a":"{ONE}","b":"{ONE}","\u0061":"{ONE}"}}}}"#);
+    refuses_spoilt(text(twice), &format!("{INDEX}: `a` stands twice"));
+    let elsewhere = format!(r#"{{"weight_map":{{"a":"{TWO}","a":"{ONE}"}}}}"#);
+    refuses_spoilt(text(elsewhere), &format!("{INDEX}: `a` is not in shard {TWO}"));
 }
 
 #[test]
