@@ -70,7 +70,7 @@ impl<const N: usize> Limits<N> {
         product: impl Fn(f32) -> f32,
     ) -> i32 {
         let (limit, negative) = (self.magnitudes[i], self.negative[i]);
-        let near = E::narrow(limit * scale);
+        let near = E::near(limit * scale);
         let is_over = product(E::value(E::Bits::low(near))) > limit;
         let last = near.cast_signed() - i32::from(is_over);
         // Of a negative midpoint what is over it is beyond, in integers that order as numbers.

@@ -150,6 +150,10 @@ pub(super) trait Element: Copy {
     /// The bit pattern of `round(x)`.
     fn narrow(x: f32) -> u32;
 
+    /// The bit pattern of a value next to `x`, of the nearest or of one of two that are; any where `x` isn't
+    /// positive.
+    fn near(x: f32) -> u32;
+
     /// `round(x)` for 2^-14 <= |x| <= 2^15 and not NaN. Smaller values may come out as anything
     /// smaller in magnitude than 2^-13.
     fn round_moderate(x: f32) -> f32;
@@ -235,6 +239,11 @@ impl Element for Bf16 {
     #[inline(always)]
     fn narrow(x: f32) -> u32 {
         Self::round(x).to_bits() >> 16
+    }
+
+    #[inline(always)]
+    fn near(x: f32) -> u32 {
+        x.to_bits().wrapping_add(0x8000) >> 16
     }
 
     #[inline(always)]
@@ -328,14 +337,18 @@ impl Element for F16 {
 
     #[inline(always)]
     fn narrow(x: f32) -> u32 {
-        let (bits, magnitude) = (x.to_bits(), x.abs());
+        let narrowed = Self::near(x.abs());
+        if x.is_nan() { 0x7e00 } else { narrowed | (x.to_bits() >> 16 & 0x8000) }
+    }
+
+    #[inline(always)]
+    fn near(x: f32) -> u32 {
         // What rounds to 2^16 or more has a pattern beyond that of infinity.
-        let normal = (Self::round_moderate(magnitude).to_bits() >> 13).wrapping_sub(112 << 10);
+        let normal = (Self::round_moderate(x).to_bits() >> 13).wrapping_sub(112 << 10);
         let normal = if normal > 0x7c00 { 0x7c00 } else { normal };
-        let is_subnormal = magnitude < f32::from_bits(113 << 23);
-        let subnormal = (magnitude + 0.5).to_bits() & 0xffff;
-        let narrowed = if is_subnormal { subnormal } else { normal };
-        if x.is_nan() { 0x7e00 } else { narrowed | (bits >> 16 & 0x8000) }
+        let is_subnormal = x < f32::from_bits(113 << 23);
+        let subnormal = (x + 0.5).to_bits() & 0xffff;
+        if is_subnormal { subnormal } else { normal }
     }
 
     #[inline(always)]
@@ -402,6 +415,11 @@ impl Element for F32 {
     #[inline(always)]
     fn narrow(x: f32) -> u32 {
         Self::round(x).to_bits()
+    }
+
+    #[inline(always)]
+    fn near(x: f32) -> u32 {
+        x.to_bits()
     }
 
     #[inline(always)]
