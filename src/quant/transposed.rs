@@ -253,14 +253,14 @@ impl Tool for GptqModel {
     }
 
     #[inline(always)]
-    fn code<E: Element>(range: Codes, _symmetric: bool, divided: Divided, x: f32) -> u8 {
-        code(range, x / divided.by, divided.zero_point)
+    fn code<E: Element>(range: Codes, symmetric: bool, divided: Divided, x: f32) -> u8 {
+        code(range, symmetric, x / divided.by, divided.zero_point)
     }
 
     #[inline(always)]
-    fn code_at_any<E: Element>(range: Codes, _symmetric: bool, fit: Fit, x: f32) -> u8 {
+    fn code_at_any<E: Element>(range: Codes, symmetric: bool, fit: Fit, x: f32) -> u8 {
         let x = x / fit.scale;
-        code(range, if x.is_nan() { 0.0 } else { x }, fit.zero_point)
+        code(range, symmetric, if x.is_nan() { 0.0 } else { x }, fit.zero_point)
     }
 
     #[inline(always)]
@@ -271,12 +271,16 @@ impl Tool for GptqModel {
 
 /// The stored byte of a quotient that is a number.
 #[inline(always)]
-fn code(range: Codes, x: f32, zero_point: f32) -> u8 {
-    let (low, high) = range.less(zero_point);
-    let x = if x < low { low } else { x };
-    let x = if x > high { high } else { x };
-    // The sum has a spacing of 1. Zero is added to what was rounded, not before.
-    ((x + ROUNDING) + (zero_point + range.offset)).to_bits() as u8
+fn code(range: Codes, symmetric: bool, x: f32, zero_point: f32) -> u8 {
+    let stored = ROUNDING + range.offset;
+    // Codes lie where sums have a spacing of 1. The zero is added to what was rounded, not before; without
+    // one the offset may be, which is even.
+    let sum = if symmetric { x + stored } else { (x + ROUNDING) + (zero_point + range.offset) };
+    // Constants, where those of a quotient would depend on the zero.
+    let (low, high) = (stored + range.low, stored + range.high);
+    let sum = if sum < low { low } else { sum };
+    let sum = if sum > high { high } else { sum };
+    sum.to_bits() as u8
 }
 
 /// What finds scales and zero points with less error than gptqmodel's.
