@@ -21,7 +21,7 @@
 
 use crate::dtype::Dtype;
 
-use super::extremes::magnitude;
+use super::extremes::{Bits, magnitudes_of_groups};
 use super::fp8_search::Histogram;
 use super::grid::Grid;
 use super::int::MODERATE;
@@ -214,35 +214,50 @@ impl<E: Element> Kernel for Encode<'_, E> {
     fn run(self) {
         let Self { rule, block: (high, wide), source, cols, stride, counts, mut scales, .. } = self;
         let across = cols.div_ceil(wide);
+        let size = match rule {
+            Fp8Scale::Source => E::SIZE,
+            Fp8Scale::Inverse => 4,
+            Fp8Scale::Power => 1,
+        };
+        let mut bits = vec![E::Bits::ZERO; across];
+        let mut of_row = vec![0.0; across];
+        let mut magnitudes = vec![0.0f32; across];
+        let mut factors = vec![Factor::Multiply(1.0); across];
+        // Row by row: those of one block lie a power of two apart, where the cache has few places for them.
         for (band, codes) in self.codes.chunks_mut(high * cols).enumerate() {
-            for b in 0..across {
-                let cut = b * wide..cols.min((b + 1) * wide);
-                let row = |r: usize| &source[(band * high + r) * stride..][..cols][cut.clone()];
-                let rows = codes.len() / cols;
-                let factor = match &mut scales {
-                    Scales::Surveyed(magnitude) => Factor::new::<E>(rule, *magnitude, &mut [0; 4]),
-                    Scales::Stored(scales) => {
-                        // Bit patterns of magnitudes order as integers, NaNs last.
-                        let bits = (0..rows).map(|r| magnitude::<E>(row(r)).to_bits());
-                        let magnitude = f32::from_bits(bits.fold(0, u32::max));
-                        let size = match rule {
-                            Fp8Scale::Source => E::SIZE,
-                            Fp8Scale::Inverse => 4,
-                            Fp8Scale::Power => 1,
-                        };
-                        let at = (band * across + b) * size;
-                        let magnitude = match &counts {
-                            Some(counts) if MODERATE.contains(&magnitude) => {
-                                let rows = || (0..rows).map(row);
-                                searched::<E, _>(rule, magnitude, rows, &counts[cut.clone()])
-                            }
-                            _ => magnitude,
-                        };
-                        Factor::new::<E>(rule, magnitude, &mut scales[at..])
+            let row = |r: usize| &source[(band * high + r) * stride..][..cols];
+            let rows = codes.len() / cols;
+            match &mut scales {
+                Scales::Surveyed(magnitude) => {
+                    factors[0] = Factor::new::<E>(rule, *magnitude, &mut [0; 4]);
+                }
+                Scales::Stored(scales) => {
+                    magnitudes.fill(0.0);
+                    for r in 0..rows {
+                        magnitudes_of_groups::<E>(row(r), wide, &mut bits, &mut of_row);
+                        for (all, of_row) in magnitudes.iter_mut().zip(&of_row) {
+                            // Bit patterns of magnitudes order as integers, NaNs last.
+                            *all = f32::from_bits(all.to_bits().max(of_row.to_bits()));
+                        }
                     }
-                };
-                for (r, codes) in codes.chunks_exact_mut(cols).enumerate() {
-                    factor.apply::<E>(row(r), &mut codes[cut.clone()]);
+                    let stored = scales[band * across * size..].chunks_mut(size);
+                    for (b, (factor, stored)) in factors.iter_mut().zip(stored).enumerate() {
+                        let cut = b * wide..cols.min((b + 1) * wide);
+                        let magnitude = match &counts {
+                            Some(counts) if MODERATE.contains(&magnitudes[b]) => {
+                                let rows = || (0..rows).map(|r| &row(r)[cut.clone()]);
+                                searched::<E, _>(rule, magnitudes[b], rows, &counts[cut.clone()])
+                            }
+                            _ => magnitudes[b],
+                        };
+                        *factor = Factor::new::<E>(rule, magnitude, stored);
+                    }
+                }
+            }
+            for (r, codes) in codes.chunks_exact_mut(cols).enumerate() {
+                let blocks = row(r).chunks(wide).zip(codes.chunks_mut(wide));
+                for (factor, (row, codes)) in factors.iter().zip(blocks) {
+                    factor.apply::<E>(row, codes);
                 }
             }
         }
