@@ -214,7 +214,7 @@ impl<'a> Evidence<'a> {
         } else if tensor.shape.len() == 2 && is_vocabulary(split_last(module).1) {
             self.token_tables.push(module);
         }
-        // Only up to the first numbered block: beyond it every path repeats.
+        // Only up to a mixture's experts: beyond them nothing of this stands.
         let mut start = 0;
         for component in components(&tensor.name) {
             let parent = tensor.name[..start].trim_end_matches('.');
