@@ -22,9 +22,9 @@ use super::grid::{Axis, Grid, PartBytes};
 use super::importance::Importance;
 use super::isa::{Isa, Kernel, prefetch};
 use super::micro::{EVEN, MIDPOINTS, signed};
-use super::minifloat::{E2M1_MAX, E8M0_NAN, e2m1, e2m1_rounded, e2m1_value, e8m0_value, within};
+use super::minifloat::{E2M1_MAX, E8M0_NAN, e2m1_rounded, e2m1_value, e8m0_value, within};
 use super::shape::{is_real, stripe_bytes};
-use super::tile::{Element, Tile, for_element};
+use super::tile::{Element, Tile, for_element, widen};
 use super::{Part, Quality, Role};
 
 /// Inputs of a group.
@@ -129,15 +129,20 @@ impl<E: Element> Kernel for Encode<'_, E> {
         let groups = self.rows / GROUP;
         let (codes, _) = self.codes.as_chunks_mut::<{ GROUP / 2 }>();
         let importance = self.importance.map(|importance| importance.of_row(self.rows));
-        let mut bits = [[E::Bits::ZERO; LANES]; GROUP];
+        let mut bits = [[0; LANES]; GROUP];
         let mut weights = [[0.0; LANES]; GROUP];
         for first in (0..self.cols).step_by(LANES) {
             let cols = LANES.min(self.cols - first);
             for g in 0..groups {
                 for (r, bits) in bits.iter_mut().enumerate() {
                     let row = &self.source[(g * GROUP + r) * self.stride + first..][..cols];
+                    // What scales and codes depend on is which side of powers of two, and of midpoints
+                    // times one, a weight is on: numbers of three bits.
                     for (bits, &raw) in bits.iter_mut().zip(row) {
-                        *bits = E::bits(raw);
+                        *bits = E::short(raw);
+                    }
+                    if self.searched {
+                        widen::<E>(row, &mut weights[r]);
                     }
                     let next = self.source.get((g * GROUP + GROUP + r) * self.stride + first..);
                     for line in
@@ -146,26 +151,15 @@ impl<E: Element> Kernel for Encode<'_, E> {
                         prefetch(line);
                     }
                 }
-                if self.searched || E::SIZE == 4 {
-                    for (weights, bits) in weights.iter_mut().zip(&bits) {
-                        for (x, &bits) in weights.iter_mut().zip(bits) {
-                            *x = E::value(bits);
-                        }
-                    }
-                }
                 let scales = match (self.searched, &importance) {
-                    (false, _) => reference::<E>(&bits),
-                    (true, None) => searched(&weights, reference::<E>(&bits), |_| 1.0),
+                    (false, _) => reference::<E::Short>(&bits),
+                    (true, None) => searched(&weights, reference::<E::Short>(&bits), |_| 1.0),
                     (true, Some(importance)) => {
                         let importance = &importance[g * GROUP..][..GROUP];
-                        searched(&weights, reference::<E>(&bits), |row| importance[row])
+                        searched(&weights, reference::<E::Short>(&bits), |row| importance[row])
                     }
                 };
-                let words = if E::SIZE == 4 {
-                    words(&weights, &scales)
-                } else {
-                    words_of_patterns::<E>(&bits, &scales)
-                };
+                let words = words::<E::Short>(&bits, &scales);
                 for lane in 0..cols {
                     let at = (first + lane) * groups + g;
                     self.scales[at] = scales[lane] as u8;
@@ -181,8 +175,8 @@ impl<E: Element> Kernel for Encode<'_, E> {
 
 /// A group's scale in E8M0 by definition, for each lane.
 #[inline(always)]
-fn reference<E: Element>(bits: &[[E::Bits; LANES]; GROUP]) -> [u32; LANES] {
-    let mut largest = [E::Bits::ZERO; LANES];
+fn reference<E: Element<Bits = i16>>(bits: &[[i16; LANES]; GROUP]) -> [u32; LANES] {
+    let mut largest = [0; LANES];
     for row in bits {
         for (largest, bits) in largest.iter_mut().zip(row) {
             *largest = bits.magnitude().max(*largest);
@@ -208,11 +202,12 @@ fn searched(
 ) -> [u32; LANES] {
     let mut best = (reference, errors(weights, &reference, count));
     for step in [1, u32::MAX] {
-        // Errors at these scales are numbers, and not zero for want of smaller ones.
-        let candidates = reference.map(|scale| {
-            let open = (64..190).contains(&scale);
-            if open { scale.wrapping_add(step) } else { scale }
-        });
+        let mut candidates = reference;
+        for scale in &mut candidates {
+            // Errors at these scales are numbers, and not zero for want of smaller ones.
+            let open = (64..190).contains(scale);
+            *scale = if open { scale.wrapping_add(step) } else { *scale };
+        }
         let found = errors(weights, &candidates, count);
         for lane in 0..LANES {
             let better = found[lane] < best.1[lane];
@@ -225,7 +220,7 @@ fn searched(
 
 /// One over a scale.
 #[inline(always)]
-fn reciprocal(scale: u32) -> f32 {
+fn one_over(scale: u32) -> f32 {
     // Of a scale that isn't a number, infinity.
     f32::from_bits((254u32.wrapping_sub(scale) & 0xff) << 23)
 }
@@ -237,7 +232,10 @@ fn errors(
     scales: &[u32; LANES],
     count: impl Fn(usize) -> f32,
 ) -> [f32; LANES] {
-    let reciprocals = scales.map(reciprocal);
+    let mut reciprocals = [0.0; LANES];
+    for (reciprocal, scale) in reciprocals.iter_mut().zip(scales) {
+        *reciprocal = one_over(*scale);
+    }
     let mut sums = [0.0; LANES];
     for (row, xs) in weights.iter().enumerate() {
         let count = count(row);
@@ -256,39 +254,17 @@ fn errors(
 
 /// The codes of groups, eight to a word.
 #[inline(always)]
-fn words(weights: &[[f32; LANES]; GROUP], scales: &[u32; LANES]) -> [[u32; LANES]; GROUP / 8] {
-    let reciprocals = scales.map(reciprocal);
-    let mut words = [[0; LANES]; GROUP / 8];
-    for (xs, words) in weights.as_chunks::<8>().0.iter().zip(&mut words) {
-        for (i, xs) in xs.iter().enumerate() {
-            for lane in 0..LANES {
-                let x = xs[lane];
-                let sign = if x < 0.0 { 8 } else { 0 };
-                let magnitude = within(x.abs() * reciprocals[lane], E2M1_MAX);
-                let code = (e2m1(magnitude) | sign) & 15;
-                words[lane] |= code << (4 * i);
-            }
-        }
-        for (word, scale) in words.iter_mut().zip(scales) {
-            *word = if *scale == u32::from(E8M0_NAN) { 0 } else { *word };
-        }
-    }
-    words
-}
-
-/// The same of elements of 16 bits, by their patterns.
-#[inline(always)]
-fn words_of_patterns<E: Element>(
-    bits: &[[E::Bits; LANES]; GROUP],
+fn words<E: Element<Bits = i16>>(
+    bits: &[[i16; LANES]; GROUP],
     scales: &[u32; LANES],
 ) -> [[u32; LANES]; GROUP / 8] {
-    let mut thresholds = [[E::Bits::ZERO; LANES]; MIDPOINTS.len()];
+    let mut thresholds = [[0; LANES]; MIDPOINTS.len()];
     for (k, thresholds) in thresholds.iter_mut().enumerate() {
         for (threshold, &scale) in thresholds.iter_mut().zip(scales) {
-            let reciprocal = reciprocal(scale);
+            let reciprocal = one_over(scale);
             let scale = e8m0_value(scale as u8);
             let found = EVEN.threshold::<E>(k, scale, |x| x * reciprocal);
-            *threshold = E::Bits::low(found.cast_unsigned());
+            *threshold = found as i16;
         }
     }
     // Four rows' codes to a half of a word.
@@ -301,8 +277,7 @@ fn words_of_patterns<E: Element>(
                 for thresholds in &thresholds {
                     rank += u16::from(bits.magnitude() > thresholds[lane]);
                 }
-                let is_nonzero = bits.magnitude() > E::Bits::ZERO;
-                halves[lane] |= signed(bits < E::Bits::ZERO, is_nonzero, rank) << (4 * i);
+                halves[lane] |= signed(bits < 0, bits.magnitude() > 0, rank) << (4 * i);
             }
         }
     }

@@ -122,6 +122,9 @@ pub(super) trait Element: Copy {
     /// Its bit pattern.
     type Bits: Bits;
 
+    /// The type of 16 bits that [`Self::short`] gives a pattern of.
+    type Short: Element<Raw = [u8; 2], Bits = i16>;
+
     /// Bytes of an element.
     const SIZE: usize;
 
@@ -172,6 +175,11 @@ pub(super) trait Element: Copy {
 
     /// The exact value of a bit pattern.
     fn value(bits: Self::Bits) -> f32;
+
+    /// The bit pattern in 16 bits: where there are more, of the value rounded to odd, that is towards zero,
+    /// with the last bit set if any was lost. It lies on the same side of each pattern whose last bit is
+    /// not set, or on it, as the value does; and so does a NaN or an infinity remain one.
+    fn short(raw: Self::Raw) -> i16;
 }
 
 /// Evaluates an expression with a type name for the element type of a `Dtype` that a scheme accepts.
@@ -211,6 +219,7 @@ pub(super) struct F32;
 impl Element for Bf16 {
     type Raw = [u8; 2];
     type Bits = i16;
+    type Short = Self;
     const SIZE: usize = 2;
     const EPSILON: f32 = 1.0 / 128.0;
     const SMALLEST: f32 = f32::MIN_POSITIVE;
@@ -280,6 +289,11 @@ impl Element for Bf16 {
     fn value(bits: i16) -> f32 {
         Self::widen(bits.to_le_bytes())
     }
+
+    #[inline(always)]
+    fn short(raw: [u8; 2]) -> i16 {
+        Self::bits(raw)
+    }
 }
 
 /// The exact value of a binary16's bit pattern.
@@ -300,6 +314,7 @@ fn widen_f16(bits: u32) -> f32 {
 impl Element for F16 {
     type Raw = [u8; 2];
     type Bits = i16;
+    type Short = Self;
     const SIZE: usize = 2;
     const EPSILON: f32 = 1.0 / 1024.0;
     const SMALLEST: f32 = 1.0 / 16384.0;
@@ -383,11 +398,17 @@ impl Element for F16 {
     fn value(bits: i16) -> f32 {
         Self::widen(bits.to_le_bytes())
     }
+
+    #[inline(always)]
+    fn short(raw: [u8; 2]) -> i16 {
+        Self::bits(raw)
+    }
 }
 
 impl Element for F32 {
     type Raw = [u8; 4];
     type Bits = i32;
+    type Short = Bf16;
     const SIZE: usize = 4;
     const EPSILON: f32 = f32::EPSILON;
     const SMALLEST: f32 = f32::MIN_POSITIVE;
@@ -451,6 +472,13 @@ impl Element for F32 {
     #[inline(always)]
     fn value(bits: i32) -> f32 {
         Self::widen(bits.to_le_bytes())
+    }
+
+    #[inline(always)]
+    fn short(raw: [u8; 4]) -> i16 {
+        let bits = u32::from_le_bytes(raw);
+        // Of the lower half no bit is carried, and the lowest one of the upper half is set, unless it is zero.
+        ((bits | ((bits & 0xffff) + 0xffff)) >> 16) as i16
     }
 }
 
@@ -521,6 +549,22 @@ mod tests {
         assert_eq!(F16::round(65519.996), 65504.0);
         assert_eq!(F16::round(65520.0), f32::INFINITY);
         assert_eq!(F16::round(f32::MIN), f32::NEG_INFINITY);
+    }
+
+    #[test]
+    fn a_short_pattern_is_on_the_same_side_of_every_even_one() {
+        for even in (0..0x8000u16).step_by(2) {
+            let bound = u32::from(even) << 16;
+            for below in [1, 0x7fff, 0x8000, 0x8001, 0xffff, 0x1_0000, 0x1_0001] {
+                for bits in [bound.saturating_sub(below), bound, bound + below] {
+                    for sign in [0, 1 << 31] {
+                        let short = F32::short((bits | sign).to_le_bytes());
+                        assert_eq!(short.magnitude().cmp(&(even as i16)), bits.cmp(&bound));
+                        assert_eq!(short < 0, sign != 0);
+                    }
+                }
+            }
+        }
     }
 
     #[test]
