@@ -28,7 +28,7 @@ use super::isa::{Isa, Kernel, prefetch};
 use super::nested::{self, SCALES};
 use super::shape::{matrix, part};
 use super::survey::Survey;
-use super::thresholds::{Limits, Thresholds, ranks};
+use super::thresholds::{Limits, Thresholds, ranks, ranks_of_either_sign};
 use super::tile::{Element, F32, Tile, for_element};
 use super::{Part, Quality, Role};
 
@@ -421,24 +421,109 @@ impl<E: Element> Kernel for Encode<'_, E> {
 /// product of a weight rounds to zero.
 const USUAL: std::ops::RangeInclusive<f32> = f32::from_bits(27 << 23)..=f32::from_bits(142 << 23);
 
-/// What ranks are found with, as constants: selected from memory they are for one weight at a time.
-trait Constants {
-    const STAIRCASE: Staircase;
-    const LIMITS: Limits<16> = Limits::below(&Self::STAIRCASE.midpoints);
+/// How ranks are found, with constants: selected from memory they are for one weight at a time.
+trait Ranking {
+    /// How many midpoints are less than `y`.
+    fn rank(y: f32) -> u32;
+
+    /// For weights of 16 bits in a block of that scale, a usual one.
+    fn thresholds<E: Element>(scale: f32) -> Thresholds<16>;
+
+    /// The ranks of weights of 16 bits.
+    fn ranks<E: Element, const LEN: usize>(
+        thresholds: &Thresholds<16>,
+        raw: &[E::Raw; LEN],
+    ) -> [u16; LEN];
 }
 
 /// Of [`Codebook::Nf4`].
 enum Nf4 {}
 
-impl Constants for Nf4 {
+impl Nf4 {
     const STAIRCASE: Staircase = Codebook::Nf4.staircase();
+    const LIMITS: Limits<16> = Limits::below(&Self::STAIRCASE.midpoints);
 }
 
-/// Of [`Codebook::Fp4`].
+impl Ranking for Nf4 {
+    #[inline(always)]
+    fn rank(y: f32) -> u32 {
+        Self::STAIRCASE.below(y)
+    }
+
+    #[inline(always)]
+    fn thresholds<E: Element>(scale: f32) -> Thresholds<16> {
+        let reciprocal = reciprocal(scale);
+        Self::LIMITS.thresholds::<E>(scale, |x| x * reciprocal)
+    }
+
+    #[inline(always)]
+    fn ranks<E: Element, const LEN: usize>(
+        thresholds: &Thresholds<16>,
+        raw: &[E::Raw; LEN],
+    ) -> [u16; LEN] {
+        ranks::<E, 16, LEN>(thresholds, raw)
+    }
+}
+
+/// Of [`Codebook::Fp4`], whose midpoints are the same on both sides of zero.
 enum Fp4 {}
 
-impl Constants for Fp4 {
-    const STAIRCASE: Staircase = Codebook::Fp4.staircase();
+impl Fp4 {
+    /// The positive ones.
+    const MIDPOINTS: [f32; 7] = {
+        let all = Codebook::Fp4.staircase().midpoints;
+        let mut positive = [0.0; 7];
+        let mut i = 0;
+        while i < 7 {
+            positive[i] = all[8 + i];
+            i += 1;
+        }
+        positive
+    };
+
+    const LIMITS: Limits<8> = Limits::below(&Self::MIDPOINTS);
+}
+
+impl Ranking for Fp4 {
+    #[inline(always)]
+    fn rank(y: f32) -> u32 {
+        // A midpoint belongs to the larger magnitude where it is negative.
+        let bits = y.to_bits();
+        let key = ((bits & (u32::MAX >> 1)) + (bits >> 31)).cast_signed();
+        let is_beyond = |midpoint: f32| key > midpoint.to_bits().cast_signed();
+        let m = &Self::MIDPOINTS;
+        let a = is_beyond(m[3]);
+        let b = is_beyond(if a { m[5] } else { m[1] });
+        let (low, high) = (if a { m[4] } else { m[0] }, if a { m[6] } else { m[2] });
+        let c = is_beyond(if b { high } else { low });
+        let bit = |set: bool, value: u32| if set { value } else { 0 };
+        let flip = if y > 0.0 { 0 } else { 15 };
+        (8 + bit(a, 4) + bit(b, 2) + bit(c, 1)) ^ flip
+    }
+
+    #[inline(always)]
+    fn thresholds<E: Element>(scale: f32) -> Thresholds<16> {
+        let reciprocal = reciprocal(scale);
+        let mut out = [0; 16];
+        // One more than is used, for the compiler to do all at once.
+        for (i, out) in out[..8].iter_mut().enumerate() {
+            *out = Self::LIMITS.threshold_of_either_sign::<E>(i, scale, |x| x * reciprocal);
+        }
+        out
+    }
+
+    #[inline(always)]
+    fn ranks<E: Element, const LEN: usize>(
+        thresholds: &Thresholds<16>,
+        raw: &[E::Raw; LEN],
+    ) -> [u16; LEN] {
+        let mut out = ranks_of_either_sign::<E, LEN>(&thresholds[..7], raw);
+        for (rank, &raw) in out.iter_mut().zip(raw) {
+            let flip = if E::bits(raw) > E::Bits::ZERO { 0 } else { 15 };
+            *rank = (8 + *rank) ^ flip;
+        }
+        out
+    }
 }
 
 /// Encodes runs of blocks.
@@ -490,7 +575,7 @@ impl Encoder {
 
     /// Packs how many midpoints are less than each of a run, over its block's scale.
     #[inline(always)]
-    fn rank<E: Element, T: Constants>(
+    fn rank<E: Element, T: Ranking>(
         &mut self,
         runs: Rows<'_, E::Raw>,
         scales: &[f32],
@@ -511,26 +596,23 @@ impl Encoder {
     /// As [`Self::rank`], of weights of 16 bits with usual scales, in chunks of `N`, of which a block is a
     /// multiple: a block is too short for a loop of its own.
     #[inline(always)]
-    fn rank_by_thresholds<E: Element, T: Constants, const N: usize>(
+    fn rank_by_thresholds<E: Element, T: Ranking, const N: usize>(
         &mut self,
         Rows { row, next }: Rows<'_, E::Raw>,
         scales: &[f32],
         packed: &mut [u8],
     ) {
-        fill(&mut self.thresholds, self.block / N, scales, |scale| {
-            let reciprocal = reciprocal(scale);
-            T::LIMITS.thresholds::<E>(scale, |x| x * reciprocal)
-        });
+        fill(&mut self.thresholds, self.block / N, scales, T::thresholds::<E>);
         let (chunks, rest) = row.as_chunks::<N>();
         let sources = chunks.iter().zip(next.as_chunks::<N>().0);
         let outs = self.short.as_chunks_mut::<N>().0.iter_mut().zip(&self.thresholds);
         for ((chunk, next), (out, thresholds)) in sources.zip(outs) {
             prefetch(next);
-            *out = ranks::<E, 16, N>(thresholds, chunk);
+            *out = T::ranks::<E, N>(thresholds, chunk);
         }
         let last = &self.thresholds[row.len().div_ceil(N) - 1];
         for (out, raw) in self.short[chunks.len() * N..].iter_mut().zip(rest) {
-            [*out] = ranks::<E, 16, 1>(last, std::array::from_ref(raw));
+            [*out] = T::ranks::<E, 1>(last, std::array::from_ref(raw));
         }
         for (byte, &[first, second]) in packed.iter_mut().zip(self.short.as_chunks::<2>().0) {
             // A lane of 32 bits, as they lie.
@@ -542,14 +624,14 @@ impl Encoder {
     /// As [`Self::rank`], likewise. No need to clamp: beyond the last midpoint all is the last entry. A NaN
     /// is beyond none.
     #[inline(always)]
-    fn rank_by_products<E: Element, T: Constants, const N: usize>(
+    fn rank_by_products<E: Element, T: Ranking, const N: usize>(
         &mut self,
         Rows { row, next }: Rows<'_, E::Raw>,
         scales: &[f32],
         packed: &mut [u8],
     ) {
         fill(&mut self.reciprocals, self.block / N, scales, reciprocal);
-        let rank = |raw, reciprocal| T::STAIRCASE.below(E::widen(raw) * reciprocal);
+        let rank = |raw, reciprocal| T::rank(E::widen(raw) * reciprocal);
         let (chunks, rest) = row.as_chunks::<N>();
         let sources = chunks.iter().zip(next.as_chunks::<N>().0);
         let outs = self.wide.as_chunks_mut::<N>().0.iter_mut().zip(&self.reciprocals);
@@ -617,13 +699,13 @@ mod tests {
     #[test]
     fn ranks_next_to_midpoints_and_at_the_ends_of_the_scale_are_as_defined() {
         let ends = [0.0, f32::from_bits(1), f32::MIN_POSITIVE, 1.0, 1.001, f32::MAX, f32::INFINITY];
-        for codebook in [Codebook::Nf4, Codebook::Fp4] {
-            let staircase = codebook.staircase();
-            let near =
-                staircase.midpoints.into_iter().flat_map(|m| [m.next_down(), m, m.next_up()]);
+        let nf4 = (Codebook::Nf4, Nf4::rank as fn(f32) -> u32);
+        for (codebook, rank) in [nf4, (Codebook::Fp4, Fp4::rank)] {
+            let midpoints = codebook.staircase().midpoints.into_iter();
+            let near = midpoints.flat_map(|m| [m.next_down(), m, m.next_up()]);
             let grid = (0..=1 << 14).map(|i| i as f32 / 16384.0);
             for y in near.chain(ends).chain(grid).flat_map(|y| [y, -y]) {
-                assert_eq!(staircase.below(y), naive(codebook, y), "{codebook:?} of {y:e}");
+                assert_eq!(rank(y), naive(codebook, y), "{codebook:?} of {y:e}");
             }
         }
     }
@@ -638,8 +720,8 @@ mod tests {
     }
 
     /// All weights, with scales of every significand that weights have, and others.
-    fn check_thresholds<E: Element<Raw = [u8; 2]>>(significand_bits: u32) {
-        let significands = (0..1u32 << significand_bits).map(|i| i << (23 - significand_bits));
+    fn check_thresholds<E: Element<Raw = [u8; 2]>, T: Ranking>() {
+        let significands = (0..1u32 << 7).map(|i| i << 16);
         let significands = significands.chain([1, 0x2a_aaab, 0x55_5555, 0x7f_ffff]);
         for (i, significand) in significands.enumerate() {
             // From the smallest to the largest that is usual.
@@ -647,16 +729,12 @@ mod tests {
             let scale = f32::from_bits(exponent << 23 | significand);
             let reciprocal = reciprocal(scale);
             assert!(USUAL.contains(&scale));
-            for codebook in [Codebook::Nf4, Codebook::Fp4] {
-                let staircase = codebook.staircase();
-                let limits = Limits::<16>::below(&staircase.midpoints);
-                let thresholds = limits.thresholds::<E>(scale, |x| x * reciprocal);
-                for bits in 0..=u16::MAX {
-                    let y = E::widen(bits.to_le_bytes()) * reciprocal;
-                    if !y.is_nan() {
-                        let [found] = ranks::<E, 16, 1>(&thresholds, &[bits.to_le_bytes()]);
-                        assert_eq!(u32::from(found), staircase.below(y), "{y:e}, {scale:e}");
-                    }
+            let thresholds = T::thresholds::<E>(scale);
+            for bits in 0..=u16::MAX {
+                let y = E::widen(bits.to_le_bytes()) * reciprocal;
+                if !y.is_nan() {
+                    let [found] = T::ranks::<E, 1>(&thresholds, &[bits.to_le_bytes()]);
+                    assert_eq!(u32::from(found), T::rank(y), "{y:e}, {scale:e}");
                 }
             }
         }
@@ -664,7 +742,9 @@ mod tests {
 
     #[test]
     fn ranks_by_thresholds_are_those_of_products() {
-        check_thresholds::<Bf16>(7);
-        check_thresholds::<F16>(7);
+        check_thresholds::<Bf16, Nf4>();
+        check_thresholds::<Bf16, Fp4>();
+        check_thresholds::<F16, Nf4>();
+        check_thresholds::<F16, Fp4>();
     }
 }

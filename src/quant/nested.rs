@@ -112,12 +112,12 @@ pub(super) fn encode(scales: &[f32], offset: f32, codes: &mut [u8]) -> f32 {
     let largest = F32::round(f32::from_bits(distances.map(f32::to_bits).fold(0, u32::max)));
     let reciprocal = 1.0 / if largest < 1e-38 { 1e-38 } else { largest };
     // What can be done for many at a time first.
-    let mut places = [(0.0, 0); SCALES];
-    for (place, scale) in places.iter_mut().zip(scales) {
-        let y = (scale - offset) * reciprocal;
-        *place = (y, bin_of(y));
+    let (mut ys, mut bins) = ([0.0; SCALES], [0; SCALES]);
+    for ((y, bin), scale) in ys.iter_mut().zip(&mut bins).zip(scales) {
+        *y = (scale - offset) * reciprocal;
+        *bin = bin_of(*y);
     }
-    for (code, (y, bin)) in codes[..scales.len()].iter_mut().zip(places) {
+    for ((code, y), bin) in codes[..scales.len()].iter_mut().zip(ys).zip(bins) {
         *code = code_in(bin, y);
     }
     largest

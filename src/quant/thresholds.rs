@@ -78,6 +78,26 @@ impl<const N: usize> Limits<N> {
     }
 }
 
+impl Limits<8> {
+    /// One of them for magnitudes with the sign as their last bit, as [`ranks_of_either_sign`] compares them:
+    /// a midpoint that is the product with a negative weight belongs to the larger magnitude.
+    #[inline(always)]
+    pub(super) fn threshold_of_either_sign<E: Element>(
+        &self,
+        i: usize,
+        scale: f32,
+        product: impl Fn(f32) -> f32,
+    ) -> i32 {
+        let limit = self.magnitudes[i];
+        let near = E::near(limit * scale);
+        let product = product(E::value(E::Bits::low(near)));
+        // Of the last pattern that isn't beyond, the larger key; the smaller one if its product is the midpoint.
+        let key =
+            2 * near.cast_signed() + 1 - i32::from(product >= limit) - i32::from(product > limit);
+        key ^ i32::from(i16::MIN)
+    }
+}
+
 /// Whether a pattern is beyond a threshold, as a number.
 #[inline(always)]
 fn is_beyond<B: Bits>(bits: B, threshold: i32) -> u16 {
@@ -106,6 +126,23 @@ pub(super) fn ranks<E: Element, const N: usize, const LEN: usize>(
             for threshold in thresholds {
                 *rank += is_beyond(bits, *threshold);
             }
+        }
+    }
+    ranks
+}
+
+/// How many of positive midpoints are less than the magnitude of the product with each of so many weights of
+/// 16 bits, or equal to it where the weight is negative. Given are [`Limits::threshold_of_either_sign`].
+#[inline(always)]
+pub(super) fn ranks_of_either_sign<E: Element, const LEN: usize>(
+    thresholds: &[i32],
+    raw: &[E::Raw; LEN],
+) -> [u16; LEN] {
+    let mut ranks = [0; LEN];
+    for (rank, &raw) in ranks.iter_mut().zip(raw) {
+        let key = E::short(raw).rotate_left(1) ^ i16::MIN;
+        for threshold in thresholds {
+            *rank += is_beyond(key, *threshold);
         }
     }
     ranks
