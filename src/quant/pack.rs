@@ -41,9 +41,22 @@ fn pack_bytes<const N: usize>(codes: &[u8], out: &mut [u8]) {
 /// Eight codes to `B` bytes.
 #[inline(always)]
 fn pack_octets<const B: usize>(codes: &[u8], out: &mut [u8]) {
+    /// Octets that are squeezed in one loop, for the compiler to do several at a time.
+    const MANY: usize = 32;
     let (octets, _) = codes.as_chunks::<8>();
     let (body, rest) = out.as_chunks_mut::<B>();
-    for (out, octet) in body.iter_mut().zip(octets) {
+    let (blocks, last) = body.as_chunks_mut::<MANY>();
+    let (full, last_octets) = octets.split_at((blocks.len() * MANY).min(octets.len()));
+    for (out, octets) in blocks.iter_mut().zip(full.as_chunks::<MANY>().0) {
+        let mut squeezed = [0; MANY];
+        for (squeezed, octet) in squeezed.iter_mut().zip(octets) {
+            *squeezed = squeeze::<B>(*octet);
+        }
+        for (out, squeezed) in out.as_chunks_mut::<8>().0.iter_mut().zip(squeezed.as_chunks().0) {
+            join(squeezed, out.as_flattened_mut());
+        }
+    }
+    for (out, octet) in last.iter_mut().zip(last_octets) {
         *out = pack_octet::<B>(*octet);
     }
     rest.fill(0);
@@ -57,13 +70,36 @@ fn pack_octets<const B: usize>(codes: &[u8], out: &mut [u8]) {
 
 #[inline(always)]
 fn pack_octet<const B: usize>(octet: [u8; 8]) -> [u8; B] {
+    let bytes = squeeze::<B>(octet).to_le_bytes();
+    std::array::from_fn(|i| bytes[i])
+}
+
+/// The codes in the lowest `8 * B` bits.
+#[inline(always)]
+fn squeeze<const B: usize>(octet: [u8; 8]) -> u64 {
     let b = B as u32;
     let v = u64::from_le_bytes(octet);
     let v = (v & 0x00ff_00ff_00ff_00ff) | (v >> 8 & 0x00ff_00ff_00ff_00ff) << b;
     let v = (v & 0x0000_ffff_0000_ffff) | (v >> 16 & 0x0000_ffff_0000_ffff) << (2 * b);
-    let v = (v & 0xffff_ffff) | (v >> 32) << (4 * b);
-    let bytes = v.to_le_bytes();
-    std::array::from_fn(|i| bytes[i])
+    (v & 0xffff_ffff) | (v >> 32) << (4 * b)
+}
+
+/// Squeezed octets one after the other, `B` words of 64 bits.
+#[inline(always)]
+fn join(squeezed: &[u64; 8], out: &mut [u8]) {
+    let words = out.as_chunks_mut::<8>().0;
+    let bits = 8 * words.len();
+    let mut held = 0;
+    let mut k = 0;
+    for (i, octet) in squeezed.iter().enumerate() {
+        let shift = i * bits % 64;
+        held |= octet << shift;
+        if shift + bits >= 64 {
+            words[k] = held.to_le_bytes();
+            k += 1;
+            held = if shift == 0 { 0 } else { octet >> (64 - shift) };
+        }
+    }
 }
 
 /// Packs one row of codes, number `row` of its column streams, into `out`: words of 32 bits, stream

@@ -74,6 +74,10 @@ const GEMM: [usize; 8] = [0, 2, 4, 6, 1, 3, 5, 7];
 /// Words that are transposed together: a line of the cache.
 const LANES: usize = 16;
 
+/// Rows whose scales and zeros are written together. Those of one row lie a line apart, and lines a power of
+/// two, where all want the same places of the cache.
+const EIGHT: usize = 8;
+
 impl TransposedScheme {
     pub(super) fn accepts(&self, dtype: Dtype, shape: &[u64]) -> Result<(), String> {
         let (rows, cols) = matrix(dtype, shape)?;
@@ -374,6 +378,7 @@ impl<E: Element> Kernel for Encode<'_, E> {
             TransposedOrder::AwqGemm => (8, cols),
             _ => (1, packed_len(cols, bits) / 4),
         };
+        let is_packed = bits == 8;
         // Not a power of two, or all lanes would want the same places of the cache.
         let pitch = width + LANES;
         let mut lines = vec![[0; 4]; LANES * pitch];
@@ -382,6 +387,8 @@ impl<E: Element> Kernel for Encode<'_, E> {
         let mut fits = vec![Fit { scale: 0.0, zero_point: 0.0 }; groups];
         let mut row_scales = vec![[0; 2]; groups];
         let mut row_zeros = vec![0; groups];
+        let mut eight_scales = vec![[[0; 2]; EIGHT]; groups];
+        let mut eight_zeros = vec![[0; EIGHT]; groups];
         let zero_pitch = rows.next_multiple_of(8);
         // Those of symmetric codes are all the same, but for the padding.
         let mut zeros = vec![0; groups * zero_pitch];
@@ -396,6 +403,7 @@ impl<E: Element> Kernel for Encode<'_, E> {
         for (block, first) in (0..rows).step_by(LANES * sharing).enumerate() {
             let lanes = (rows - first).div_ceil(sharing).min(LANES);
             for lane in 0..lanes {
+                let line = &mut lines[lane * pitch..][..width];
                 let first = first + lane * sharing;
                 if first + sharing > rows {
                     row_codes.fill(0);
@@ -403,7 +411,11 @@ impl<E: Element> Kernel for Encode<'_, E> {
                 for r in first..rows.min(first + sharing) {
                     let pair = Rows::new(self.source, (cols, self.stride), r);
                     let row = pair.row;
-                    let codes = &mut row_codes[(r - first) * code_pitch..][..cols];
+                    let codes = if is_packed {
+                        &mut *line.as_flattened_mut()
+                    } else {
+                        &mut row_codes[(r - first) * code_pitch..][..cols]
+                    };
                     match &mut self.finder {
                         _ if granularity == Granularity::Channel => {
                             fits[0] = match self.fits.get(r) {
@@ -421,20 +433,26 @@ impl<E: Element> Kernel for Encode<'_, E> {
                     for (fit, scale) in fits.iter().zip(&mut row_scales) {
                         *scale = (F16::narrow(fit.scale) as u16).to_le_bytes();
                     }
-                    for (line, scale) in scales.chunks_exact_mut(rows).zip(&row_scales) {
-                        line[r] = *scale;
+                    for (eight, scale) in eight_scales.iter_mut().zip(&row_scales) {
+                        eight[r % EIGHT] = *scale;
                     }
                     if !symmetric {
                         for (fit, zero) in fits.iter().zip(&mut row_zeros) {
                             *zero = range.byte(fit.zero_point);
                         }
-                        for (line, zero) in zeros.chunks_exact_mut(zero_pitch).zip(&row_zeros) {
-                            line[r] = *zero;
+                        for (eight, zero) in eight_zeros.iter_mut().zip(&row_zeros) {
+                            eight[r % EIGHT] = *zero;
+                        }
+                    }
+                    if r % EIGHT == EIGHT - 1 || r + 1 == rows {
+                        put_eight(&eight_scales, scales, (rows, rows), r / EIGHT);
+                        if !symmetric {
+                            put_eight(&eight_zeros, &mut zeros, (zero_pitch, rows), r / EIGHT);
                         }
                     }
                 }
-                let line = &mut lines[lane * pitch..][..width];
                 match order {
+                    _ if is_packed => {}
                     TransposedOrder::AwqGemm => gather(&row_codes, code_pitch, line),
                     _ => pack(bits, &row_codes, line.as_flattened_mut()),
                 }
@@ -444,6 +462,24 @@ impl<E: Element> Kernel for Encode<'_, E> {
         let zero_lines = self.zeros.chunks_exact_mut(packed_len(rows, bits));
         for (zeros, out) in zeros.chunks_exact(zero_pitch).zip(zero_lines) {
             pack_zeros(self.scheme, zeros, out);
+        }
+    }
+}
+
+/// Writes something of the `index`-th eight of so many rows, fewer at the end, for each group to a line,
+/// `pitch` from one another.
+#[inline(always)]
+fn put_eight<T: Copy>(
+    groups: &[[T; EIGHT]],
+    lines: &mut [T],
+    (pitch, rows): (usize, usize),
+    index: usize,
+) {
+    for (line, eight) in lines.chunks_exact_mut(pitch).zip(groups) {
+        let line = &mut line[index * EIGHT..rows];
+        match line.first_chunk_mut() {
+            Some(line) => *line = *eight,
+            None => line.copy_from_slice(&eight[..line.len()]),
         }
     }
 }
