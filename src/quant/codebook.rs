@@ -481,7 +481,7 @@ impl Fp4 {
         positive
     };
 
-    const LIMITS: Limits<8> = Limits::below(&Self::MIDPOINTS);
+    const LIMITS: Limits<16> = Limits::below(&Self::MIDPOINTS);
 }
 
 impl Ranking for Fp4 {
@@ -505,8 +505,8 @@ impl Ranking for Fp4 {
     fn thresholds<E: Element>(scale: f32) -> Thresholds<16> {
         let reciprocal = reciprocal(scale);
         let mut out = [0; 16];
-        // One more than is used, for the compiler to do all at once.
-        for (i, out) in out[..8].iter_mut().enumerate() {
+        // More than are used, for a loop that the compiler does many at a time of, of any element type.
+        for (i, out) in out.iter_mut().enumerate() {
             *out = Self::LIMITS.threshold_of_either_sign::<E>(i, scale, |x| x * reciprocal);
         }
         out

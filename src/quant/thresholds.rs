@@ -76,9 +76,7 @@ impl<const N: usize> Limits<N> {
         // Of a negative midpoint what is over it is beyond, in integers that order as numbers.
         (last ^ negative) + negative
     }
-}
 
-impl Limits<8> {
     /// One of them for magnitudes with the sign as their last bit, as [`ranks_of_either_sign`] compares them:
     /// a midpoint that is the product with a negative weight belongs to the larger magnitude.
     #[inline(always)]
