@@ -11,6 +11,7 @@ mod affine_search;
 mod cast;
 mod chunks;
 mod codebook;
+mod codebook_codes;
 mod codebook_refine;
 mod codebook_search;
 mod examples;

@@ -102,28 +102,36 @@ fn is_beyond<B: Bits>(bits: B, threshold: i32) -> u16 {
     u16::from(bits > B::low(threshold.cast_unsigned()))
 }
 
-/// How many midpoints are less than the product with each of so many weights of 16 bits.
+/// How many of fifteen midpoints are less than the product with each of so many weights of 16 bits.
 #[inline(always)]
-pub(super) fn ranks<E: Element, const N: usize, const LEN: usize>(
-    thresholds: &Thresholds<N>,
+pub(super) fn ranks<E: Element, const LEN: usize>(
+    thresholds: &Thresholds<16>,
     raw: &[E::Raw; LEN],
 ) -> [u16; LEN] {
     let mut ranks = [0; LEN];
-    let thresholds = &thresholds[..N - 1];
-    // Which of the two compilers do for many at a time depends on how many there are.
+    // Where the compiler has all thresholds in registers depends on how many weights there are.
     if LEN > 32 {
         let bits = raw.map(|raw| E::bits(raw).ordered());
-        for threshold in thresholds {
+        for threshold in &thresholds[..15] {
             for (rank, bits) in ranks.iter_mut().zip(bits) {
                 *rank += is_beyond(bits, *threshold);
             }
         }
-    } else {
-        for (rank, &raw) in ranks.iter_mut().zip(raw) {
-            let bits = E::bits(raw).ordered();
-            for threshold in thresholds {
-                *rank += is_beyond(bits, *threshold);
-            }
+        return ranks;
+    }
+    // Half of them are compared, after the middle one. Values, or it would select where they lie in memory.
+    let middle = thresholds[7];
+    let (mut lower, mut upper) = ([E::Bits::ZERO; 7], [E::Bits::ZERO; 7]);
+    for i in 0..7 {
+        lower[i] = E::Bits::low(thresholds[i].cast_unsigned());
+        upper[i] = E::Bits::low(thresholds[8 + i].cast_unsigned());
+    }
+    for (rank, &raw) in ranks.iter_mut().zip(raw) {
+        let bits = E::bits(raw).ordered();
+        let is_upper = is_beyond(bits, middle) == 1;
+        *rank = if is_upper { 8 } else { 0 };
+        for (lower, upper) in lower.iter().zip(&upper) {
+            *rank += u16::from(bits > if is_upper { *upper } else { *lower });
         }
     }
     ranks
