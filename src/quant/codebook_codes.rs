@@ -332,11 +332,19 @@ mod tests {
             let reciprocal = reciprocal(scale);
             assert!(USUAL.contains(&scale));
             let thresholds = T::thresholds::<E>(scale);
-            for bits in 0..=u16::MAX {
-                let y = E::widen(bits.to_le_bytes()) * reciprocal;
-                if !y.is_nan() {
-                    let [found] = T::ranks::<E, 1>(&thresholds, &[bits.to_le_bytes()]);
-                    assert_eq!(u32::from(found), T::rank(y), "{y:e}, {scale:e}");
+            for first in (0..=u16::MAX).step_by(64) {
+                let raw: [_; 64] = std::array::from_fn(|i| (first + i as u16).to_le_bytes());
+                let found = T::ranks::<E, 64>(&thresholds, &raw);
+                for (raw, found) in raw.into_iter().zip(found) {
+                    assert_eq!(
+                        [found],
+                        T::ranks::<E, 1>(&thresholds, &[raw]),
+                        "{raw:?}, {scale:e}"
+                    );
+                    let y = E::widen(raw) * reciprocal;
+                    if !y.is_nan() {
+                        assert_eq!(u32::from(found), T::rank(y), "{y:e}, {scale:e}");
+                    }
                 }
             }
         }
