@@ -83,10 +83,17 @@ impl fmt::Display for Error {
     }
 }
 
-/// Escapes control characters on their way.
-struct OneLine<'a, 'b>(&'a mut fmt::Formatter<'b>);
+/// Text with its control characters escaped: names come from files that were downloaded.
+pub(crate) fn escaped(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    OneLine(&mut out).write_str(text).expect("a string takes any text");
+    out
+}
 
-impl fmt::Write for OneLine<'_, '_> {
+/// Escapes control characters on their way.
+struct OneLine<'a, W>(&'a mut W);
+
+impl<W: fmt::Write> fmt::Write for OneLine<'_, W> {
     fn write_str(&mut self, text: &str) -> fmt::Result {
         let mut rest = text;
         while let Some(at) = rest.find(char::is_control) {

@@ -13,6 +13,7 @@ mod target;
 
 use std::collections::VecDeque;
 use std::fs::{self, File};
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -136,6 +137,8 @@ fn declares(name: &str) -> bool {
 fn distribute(sizes: &[u64], parts: u32) -> Vec<u32> {
     let mut order: Vec<usize> = (0..sizes.len()).collect();
     order.sort_by_key(|&file| std::cmp::Reverse(sizes[file]));
+    // No more of them get any.
+    let parts = parts.min(u32::try_from(sizes.len().max(1)).unwrap_or(u32::MAX));
     let mut loads: std::collections::BTreeSet<(u64, u32)> =
         (0..parts).map(|part| (0, part)).collect();
     let mut part_of = vec![0; sizes.len()];
@@ -155,8 +158,8 @@ fn distribute(sizes: &[u64], parts: u32) -> Vec<u32> {
 /// `progress` hears how many bytes are written of how many, from any thread.
 ///
 /// # Errors
-/// `Invalid` where `out` is inside of the model, or holds something else, or lacks a part that is
-/// to be finished; `Stale` or `Io` where reading or writing fails.
+/// `Invalid` where `out` is inside of the model, or holds something else, or weights that would stay beside
+/// these, or lacks a part that is to be finished; `Stale` or `Io` where reading or writing fails.
 pub fn export(
     view: &View,
     out: &Path,
@@ -178,23 +181,25 @@ pub fn export(
             return Ok(Summary { kept: all.bytes, ..all });
         }
         Found::Foreign(why) if !options.overwrite => return Err(error::invalid(why)),
-        Found::Nothing | Found::Begun { .. } => {}
-        Found::Finished | Found::Foreign(_) | Found::Outdated(_) => {
-            place::unseal(out)?;
-            // Before any shard is replaced that they declare.
-            for file in files.small.iter().filter(|file| declares(&file.name())) {
-                remove(&file.path)?;
-            }
+        _ => {}
+    }
+    let subject = Subject { identity: view.identity(), chunk: view.budget().chunk };
+    // Before anything is taken away.
+    if options.step == Step::Finish {
+        place::check_parts(&files.large, &subject, out)?;
+    }
+    if !matches!(found, Found::Nothing | Found::Begun { .. }) {
+        place::clear(view, out, &files)?;
+        place::unseal(out)?;
+        // Before any shard is replaced that they declare.
+        for file in files.small.iter().filter(|file| declares(&file.name())) {
+            remove(&file.path)?;
         }
     }
     make_dirs(view, out)?;
-    let subject = Subject { identity: view.identity(), chunk: view.budget().chunk };
     let all = files.large.clone();
     files.keep(options.step);
     let mut summary = summary(&files, 0);
-    if options.step == Step::Finish {
-        place::check_parts(&all, &subject, out)?;
-    }
     let done = AtomicU64::new(0);
     let wrote = |bytes: u64| {
         progress(done.fetch_add(bytes, Ordering::Relaxed) + bytes, summary.bytes);
@@ -254,9 +259,12 @@ fn write_small(view: &View, file: &Output) -> Result<()> {
     let partial = hidden(&file.path, ".partial");
     let mut bytes = vec![0; file.size as usize];
     view.read_at(file.node, 0, &mut bytes).map_err(|e| e.within(file.path.display()))?;
+    // What has its name may be a link.
+    remove(&partial)?;
     let write = || {
-        fs::write(&partial, &bytes)?;
-        File::open(&partial)?.sync_all()?;
+        let mut written = File::create_new(&partial)?;
+        written.write_all(&bytes)?;
+        written.sync_all()?;
         fs::rename(&partial, &file.path)
     };
     write().map_err(|cause| Error::io(partial.display(), cause))
@@ -355,5 +363,6 @@ mod tests {
         check(&[], 3, 0);
         check(&[3, 4], 1, 7);
         assert_eq!(distribute(&[5; 6], 3), [0, 1, 2, 0, 1, 2]);
+        assert_eq!(distribute(&[5, 0, 7], u32::MAX), [1, 2, 0]);
     }
 }

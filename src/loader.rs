@@ -42,7 +42,7 @@ pub static LOADERS: &[Loader] = &[
         lines: |request, config, path| {
             let class = class_of(config);
             if needs_dequantize(request.symmetric == Some(false), config)
-                && request.format.starts_with("compressed-tensors")
+                && PACKED.contains(&request.format.as_str())
             {
                 return format!(
                     "from transformers import {class}, CompressedTensorsConfig\n\
@@ -184,6 +184,9 @@ const DECODED: &[&str] = &[
     "wav2vec2",
     "paligemma",
 ];
+
+/// Formats whose packed codes have other parameters than a Linear.
+const PACKED: &[&str] = &["compressed-tensors", "ct-nvfp4", "ct-mxfp4"];
 
 fn needs_dequantize(asymmetric: bool, config: Option<&Value>) -> bool {
     asymmetric || model_type(config).is_some_and(|kind| DECODED.contains(&kind))

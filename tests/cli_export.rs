@@ -241,3 +241,71 @@ fn directories_that_lead_into_the_model_are_not_written() {
     check(&pipeline, &out, &["--overwrite"], 2, "inside of the model");
     assert!(hidden(&inside).is_empty());
 }
+
+#[test]
+fn weights_of_something_else_do_not_stay_beside_an_export() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let sharded = support::llama(&dir.path().join("sharded"));
+    let single = dir.path().join("single");
+    let weight = Tensor::weights("model.layers.0.mlp.up_proj.weight", Dtype::BF16, &[256, 512]);
+    let config = json!({ "model_type": "llama", "architectures": ["LlamaForCausalLM"] });
+    support::write_checkpoint(&single, &[("model.safetensors", vec![weight])], &config);
+    fs::remove_file(single.join("model.safetensors.index.json")).expect("removed");
+    let out = dir.path().join("out");
+    check(&single, &out, &["--quiet"], 0, "");
+    fs::write(out.join("adapter_model.safetensors"), "mine").expect("written");
+    let before = fs::read(out.join("config.json")).expect("read");
+    check(&sharded, &out, &["--overwrite"], 2, "model.safetensors would stay beside this export");
+    assert_eq!(fs::read(out.join("config.json")).expect("read"), before);
+    check(&single, &out, &[], 0, "finished already");
+    fs::remove_file(out.join("model.safetensors")).expect("removed");
+    check(&single, &out, &[], 2, "holds this export, but model.safetensors is missing");
+    check(&sharded, &out, &["--overwrite", "--quiet"], 0, "");
+    assert_eq!(whole_files(&open(&sharded), &out), 6);
+    check(&single, &out, &["--overwrite"], 2, "and 3 more would stay beside this export");
+
+    // What has only been begun is known by its journal, and taken away.
+    let out = dir.path().join("begun");
+    check(&sharded, &out, &["--shards", "1/1", "--quiet"], 0, "");
+    check(&single, &out, &["--overwrite", "--quiet"], 0, "");
+    let mut names: Vec<_> =
+        fs::read_dir(&out).expect("listed").flatten().map(|f| f.file_name()).collect();
+    names.sort();
+    assert_eq!(names, ["config.json", "model.safetensors", "tokenizer.json"]);
+}
+
+#[test]
+fn a_finish_with_another_recipe_takes_nothing_away() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let (model, out) = (support::llama(&dir.path().join("model")), dir.path().join("out"));
+    check(&model, &out, &["--quiet"], 0, "");
+    check(&model, &out, &["--bits", "8", "--finish", "--overwrite"], 2, "cannot be used with");
+    check(&model, &out, &["--bits", "8", "--finish"], 2, "another source, recipe or version");
+    check(&model, &out, &[], 0, "finished already");
+    let out = dir.path().join("parts");
+    check(&model, &out, &["--shards", "1/1", "--quiet"], 0, "");
+    let said = check(&model, &out, &["--bits", "8", "--finish"], 2, "the recipe is another now");
+    assert!(!said.contains("starting over"), "{said}");
+    check(&model, &out, &["--finish", "--quiet"], 0, "");
+    assert_eq!(whole_files(&open(&model), &out), 6);
+}
+
+#[test]
+fn links_are_not_written_through_and_directories_are_refused() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let (model, out) = (support::llama(&dir.path().join("model")), dir.path().join("out"));
+    fs::create_dir(&out).expect("made");
+    let mine = dir.path().join("mine");
+    fs::write(&mine, "mine").expect("written");
+    for name in ["config.json", "model-00001-of-00003.safetensors"] {
+        let partial = out.join(format!(".{name}.partial"));
+        std::os::unix::fs::symlink(&mine, partial).expect("linked");
+    }
+    check(&model, &out, &["--overwrite", "--quiet"], 0, "");
+    assert_eq!(whole_files(&open(&model), &out), 6);
+    assert_eq!(fs::read(&mine).expect("read"), b"mine");
+
+    let out = dir.path().join("other");
+    fs::create_dir_all(out.join("config.json")).expect("made");
+    check(&model, &out, &[], 2, "config.json: a directory, where a file is to be");
+}

@@ -81,6 +81,10 @@ fn a_model_that_will_not_do_is_refused_before_anything_is_mounted() {
     let shard = broken.join("model-00002-of-00003.safetensors");
     let file = fs::File::options().write(true).open(&shard).expect("opened");
     file.set_len(shard.metadata().expect("known").len() - 1).expect("truncated");
+    let fifo = support::llama(&place.path("fifo")).join("config.json");
+    fs::remove_file(&fifo).expect("removed");
+    let made = std::process::Command::new("mkfifo").arg(&fifo).status().expect("run");
+    assert!(made.success());
     let lacking = support::llama(&place.path("lacking"));
     fs::remove_file(lacking.join("model-00003-of-00003.safetensors")).expect("removed");
     let cases = [
@@ -92,7 +96,13 @@ fn a_model_that_will_not_do_is_refused_before_anything_is_mounted() {
         ("mount --only re:( {model} {bad}", 2, "re:("),
         ("mount -f {broken} {bad}", 4, "model-00002-of-00003.safetensors"),
         ("mount --log {no/log} {model} {bad}", 3, "log {no/log}"),
+        ("mount --log {model/config.json} {model} {bad}", 2, "inside of the model"),
+        ("mount -f --log {model/log} {model} {bad}", 2, "log {model/log}: inside of the model"),
+        ("mount --log {bad/log} {model} {bad}", 2, "log {bad/log}: inside of the mountpoint"),
+        ("mount {model/model-00002-of-00003.safetensors} {bad}", 5, "one shard of several"),
+        ("inspect {fifo}", 4, "config.json: not a regular file"),
     ];
+    assert!(!place.path("bad/log").exists() && !model.join("log").exists());
     for (line, code, complains) in cases {
         check(&place, line, code, complains);
     }

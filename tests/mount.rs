@@ -447,6 +447,39 @@ fn the_process_in_the_background_holds_on_to_nothing_of_its_caller() {
 }
 
 #[test]
+fn paths_that_are_not_utf_8_are_mounted_and_told_of() {
+    use std::os::unix::ffi::OsStrExt;
+
+    let place = Place::new();
+    let model = place.path("").join(std::ffi::OsStr::from_bytes(b"model\xff"));
+    support::llama(&model);
+    let inspected = place.run(&["inspect", "--json"], &[&model]);
+    let inspected: serde_json::Value = serde_json::from_slice(&inspected.stdout).expect("JSON");
+    assert!(inspected["root"].as_str().expect("a path").ends_with("model\u{fffd}"));
+    let point = place.path("").join(std::ffi::OsStr::from_bytes(b"q\xff"));
+    std::fs::create_dir(&point).expect("a directory");
+    let output = place.run(&["mount"], &[&model, &point]);
+    assert!(output.status.success(), "{output:?}");
+    let status = place.status(&point);
+    assert!(status["mountpoint"].as_str().expect("a path").ends_with("q\u{fffd}"), "{status}");
+    assert!(status["pid"].is_number(), "{status}");
+    let output = place.run(&["unmount"], &[&point]);
+    assert!(output.status.success(), "{output:?}");
+}
+
+#[test]
+fn who_is_told_of_a_failure_finds_nothing_mounted() {
+    let place = Place::new();
+    let model = support::llama(&place.path("model"));
+    let point = place.dir("q");
+    let full = std::fs::File::options().write(true).open("/dev/full").expect("opened");
+    let mut command = daemon::aq_fs(&place.path("state"));
+    let status = command.arg("mount").args([&model, &point]).stdout(full).status().expect("run");
+    assert_eq!(status.code(), Some(1));
+    assert_eq!(mounts_on(&point), 0);
+}
+
+#[test]
 fn nothing_stays_mounted_where_nobody_waits_for_it_any_more() {
     let place = Place::new();
     let model = support::llama(&place.path("model"));

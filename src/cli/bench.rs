@@ -50,11 +50,11 @@ pub(super) struct BenchArgs {
 
     /// Readers at once, each in its own stretch of every file, besides one alone [default: as many
     /// as there are cores, two at least]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(2..))]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(2..=1024))]
     readers: Option<u32>,
 
     /// Bytes that are read from each mount at most
-    #[arg(long, value_name = "SIZE", default_value = "2G", value_parser = size)]
+    #[arg(long, value_name = "SIZE", default_value = "2G", value_parser = some_size)]
     size: u64,
 
     /// Print JSON
@@ -74,6 +74,14 @@ pub(super) struct BenchArgs {
     /// Where it is mounted
     #[arg(long, hide = true)]
     point: Option<PathBuf>,
+}
+
+/// A size of what there is to read.
+fn some_size(text: &str) -> Result<u64, String> {
+    match size(text)? {
+        0 => Err("nothing would be read".to_owned()),
+        size => Ok(size),
+    }
 }
 
 const AFTER_HELP: &str = "\

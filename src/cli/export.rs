@@ -27,10 +27,11 @@ pub(super) struct ExportArgs {
     recipe: RecipeArgs,
 
     /// Threads that read, encode and write [default: one per core]
-    #[arg(long, value_name = "N")]
-    threads: Option<usize>,
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Option<u16>,
 
-    /// Replace files that the output directory holds already
+    /// Replace files that the output directory holds already. Weights by other names that it holds must be
+    /// removed first, as loaders might read those
     #[arg(long)]
     overwrite: bool,
 
@@ -41,7 +42,7 @@ pub(super) struct ExportArgs {
 
     /// Write what remains when every part is written: config, index and other small files. Fails
     /// where a shard is missing, not whole, or of another model or recipe
-    #[arg(long, conflicts_with = "shards")]
+    #[arg(long, conflicts_with_all = ["shards", "overwrite"])]
     finish: bool,
 
     /// No progress bar
@@ -64,18 +65,20 @@ pub(super) fn run(args: &ExportArgs) -> Result<()> {
     let budget = Budget { cache: 0, ..Budget::default() };
     let view = args.recipe.open(&args.model, budget)?;
     warn_all(view.warnings());
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let step = match args.shards {
         Some((index, of)) => Step::Part { index, of },
         None if args.finish => Step::Finish,
         None => Step::Whole,
     };
-    let threads = args.threads.unwrap_or(cores);
+    let cores = || std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = args.threads.map_or_else(cores, usize::from);
     let options = Options { threads, overwrite: args.overwrite, step };
     let found = find(&view, &args.out)?;
     let out = args.out.display();
     match &found {
-        Found::Outdated(why) => eprintln!("aq-fs: {out}: {why}: starting over"),
+        Found::Outdated(why) if step != Step::Finish => {
+            eprintln!("aq-fs: {out}: {why}: starting over")
+        }
         Found::Begun { bytes: kept } if !args.quiet && *kept > 0 => {
             eprintln!("aq-fs: {out}: going on, {} are there", bytes(*kept));
         }

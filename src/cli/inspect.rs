@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use serde_json::{Value, json};
 
 use super::{RecipeArgs, bytes};
-use crate::error::{Error, Result};
+use crate::error::{self, Error, Result};
 use crate::format::Item;
 use crate::recipe::Decision;
 use crate::source::Tensor;
@@ -162,7 +162,7 @@ fn tensor_table(model: &Model) -> String {
     let mut cells = vec![["tensor", "dtype", "shape", "before", "after", "what"].map(String::from)];
     for (tensor, items, decision) in rows(model) {
         cells.push([
-            tensor.name.clone(),
+            error::escaped(&tensor.name),
             tensor.dtype.to_string(),
             format!("{:?}", tensor.shape),
             bytes(tensor.stored_len()),
@@ -193,10 +193,10 @@ fn as_json(view: &View) -> Value {
     let hidden: Vec<Value> = view
         .hidden()
         .iter()
-        .map(|h| json!({ "path": h.path, "bytes": h.size, "reason": h.reason }))
+        .map(|h| json!({ "path": h.path.to_string_lossy(), "bytes": h.size, "reason": h.reason }))
         .collect();
     json!({
-        "root": view.root(),
+        "root": view.root().to_string_lossy(),
         "models": models,
         "hidden": hidden,
         "warnings": view.warnings(),

@@ -13,7 +13,7 @@ use std::process::ExitCode;
 use clap::builder::PossibleValuesParser;
 use clap::{Parser, Subcommand, ValueEnum};
 
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{self, Error, ErrorKind, Result};
 use crate::format::FORMATS;
 use crate::loader::{self, LOADERS, Loader};
 use crate::memory;
@@ -122,7 +122,8 @@ fn warn_all(warnings: &[String]) {
 }
 
 fn one_line(text: &str) -> String {
-    text.split('\n').map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join("; ")
+    let lines = text.split('\n').map(str::trim).filter(|line| !line.is_empty());
+    error::escaped(&lines.collect::<Vec<_>>().join("; "))
 }
 
 /// Prints `text` to standard output, to whoever still reads it.

@@ -3,13 +3,13 @@
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::IsTerminal;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use tracing_subscriber::EnvFilter;
 
 use super::{BudgetArgs, RecipeArgs, bytes, print, warn_all};
-use crate::error::{Error, Result};
+use crate::error::{self, Error, Result};
 use crate::mount::{self, Options, Ready};
 use crate::view::View;
 
@@ -67,10 +67,7 @@ pub(super) fn run(args: &MountArgs) -> Result<()> {
         return in_background(args);
     }
     if args.foreground {
-        let log = match &args.log {
-            Some(path) => mount::open_log(Some(path), &args.mountpoint)?,
-            None => None,
-        };
+        let log = if args.log.is_some() { open_log(args)? } else { None };
         let (file, path) = log.unzip();
         start_logging(file);
         return mount::run(|| open(args), &options(args, path)?, &mut |ready| {
@@ -81,11 +78,39 @@ pub(super) fn run(args: &MountArgs) -> Result<()> {
     let given = std::env::args_os().skip(2);
     let subcommand = ["mount", "--daemon"].map(OsString::from);
     let (ready, _) = mount::start(subcommand.into_iter().chain(given))?;
-    announce(args, &ready)
+    announce(args, &ready).inspect_err(|_| {
+        // Who is told of a failure takes it that nothing is mounted.
+        let _ = mount::unmount(&ready.mountpoint);
+    })
+}
+
+/// Opens the log that was asked for, or else the usual one.
+fn open_log(args: &MountArgs) -> Result<Option<(Arc<File>, PathBuf)>> {
+    let mountpoint = mountpoint(args)?;
+    let Some(log) = &args.log else { return mount::open_log(None, &mountpoint) };
+    let dir_of = |path: &Path| path.parent().map(|dir| Path::new(".").join(dir));
+    // The file, or where it will be.
+    let place = log.canonicalize().ok().or_else(|| dir_of(log)?.canonicalize().ok());
+    let model = if args.model.is_dir() { Some(args.model.clone()) } else { dir_of(&args.model) };
+    let dirs = [(model, "model, which is never written"), (Some(mountpoint.clone()), "mountpoint")];
+    for (dir, what) in dirs {
+        let dir = dir.and_then(|dir| dir.canonicalize().ok());
+        if let (Some(place), Some(dir)) = (&place, dir)
+            && place.starts_with(dir)
+        {
+            return Err(error::invalid(format!("log {}: inside of the {what}", log.display())));
+        }
+    }
+    mount::open_log(Some(log), &mountpoint)
+}
+
+fn mountpoint(args: &MountArgs) -> Result<PathBuf> {
+    std::path::absolute(&args.mountpoint)
+        .map_err(|cause| Error::io(args.mountpoint.display(), cause))
 }
 
 fn in_background(args: &MountArgs) -> Result<()> {
-    let log = mount::open_log(args.log.as_deref(), &args.mountpoint);
+    let log = open_log(args);
     let (file, path) = log.as_ref().ok().cloned().flatten().unzip();
     if let Some(file) = &file {
         start_logging(Some(file.clone()));
@@ -107,9 +132,7 @@ fn open(args: &MountArgs) -> Result<View> {
 }
 
 fn options(args: &MountArgs, log: Option<PathBuf>) -> Result<Options> {
-    let mountpoint = std::path::absolute(&args.mountpoint)
-        .map_err(|cause| Error::io(args.mountpoint.display(), cause))?;
-    Ok(Options { mountpoint, allow_other: args.allow_other, log, null: false })
+    Ok(Options { mountpoint: mountpoint(args)?, allow_other: args.allow_other, log, null: false })
 }
 
 fn announce(args: &MountArgs, ready: &Ready) -> Result<()> {

@@ -1,5 +1,6 @@
 //! What an output directory holds before an export.
 
+use std::collections::HashSet;
 use std::fs;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::ErrorKind as IoKind;
@@ -9,8 +10,10 @@ use rustix::fs::XattrFlags;
 use rustix::io::Errno;
 
 use super::journal::{self, Subject, hidden};
+use super::target::remove;
 use super::{Files, Output, dirs};
 use crate::error::{self, Error, Result};
+use crate::source::{INDEX_SUFFIX, is_adapter};
 use crate::view::{Identity, View};
 
 /// The attribute of a finished export's directory that tells of which view it is.
@@ -37,18 +40,30 @@ pub enum Found {
 /// What `out` holds of an export of `view`.
 ///
 /// # Errors
-/// `Invalid` where `out` is inside of the model; `Io` where it can't be read.
+/// `Invalid` where `out` is inside of the model, or has a directory where a file is to be; `Io` where it
+/// can't be read.
 pub fn find(view: &View, out: &Path) -> Result<Found> {
     // A link in it may lead there, too.
     dirs(view, out).try_for_each(|dir| check_outside(view, &dir))?;
-    if !holds_file(out)? {
-        return Ok(Found::Nothing);
-    }
     let subject = Subject { identity: view.identity(), chunk: view.budget().chunk };
     let Files { large, small } = Files::of(view, out);
+    if !holds_file(out)? {
+        let file = large.iter().chain(&small).find(|file| file.path.is_dir());
+        return file.map_or(Ok(Found::Nothing), |file| Err(is_directory(&file.path)));
+    }
     let sealed = sealed_by(out);
-    let has_size = |file: &Output| file.path.metadata().is_ok_and(|m| m.len() == file.size);
-    if sealed == Some(seal_of(&subject.identity)) && large.iter().chain(&small).all(has_size) {
+    let own_seal = seal_of(&subject.identity);
+    let mut wanting = None;
+    for file in large.iter().chain(&small) {
+        match file.path.metadata() {
+            Ok(found) if found.is_dir() => {
+                return Err(is_directory(&file.path));
+            }
+            Ok(found) if found.len() == file.size => {}
+            _ => wanting = wanting.or(Some(file)),
+        }
+    }
+    if wanting.is_none() && sealed.as_ref() == Some(&own_seal) {
         return Ok(Found::Finished);
     }
     let (mut begun, mut bytes, mut change) = (false, 0, None);
@@ -67,14 +82,66 @@ pub fn find(view: &View, out: &Path) -> Result<Found> {
         Some(change) => Found::Outdated(change),
         None if begun => Found::Begun { bytes },
         None => {
-            let what = match sealed {
-                Some(_) => "holds an export of another source, recipe or version",
-                None => "not empty",
+            let what = match (&sealed, wanting) {
+                (Some(seal), Some(file)) if *seal == own_seal => {
+                    format!("holds this export, but {} is missing or has another size", file.name())
+                }
+                (Some(_), _) => "holds an export of another source, recipe or version".to_owned(),
+                (None, _) => "not empty".to_owned(),
             };
             let place = out.display();
             Found::Foreign(format!("{place}: {what}; --overwrite replaces files of the same names"))
         }
     })
+}
+
+fn is_directory(path: &Path) -> Error {
+    error::invalid(format!("{}: a directory, where a file is to be", path.display()))
+}
+
+/// Takes away what earlier exports have begun, by the journals beside it, unless `files` have that name.
+///
+/// # Errors
+/// `Invalid`, before anything is taken away, where weights or an index of something else would remain: a loader
+/// might prefer them.
+pub(super) fn clear(view: &View, out: &Path, files: &Files) -> Result<()> {
+    let written: HashSet<&Path> =
+        files.large.iter().chain(&files.small).map(|file| &*file.path).collect();
+    let (mut begun, mut others) = (Vec::new(), Vec::new());
+    for dir in dirs(view, out) {
+        for path in entries(&dir)? {
+            let Some(name) = path.file_name().and_then(|name| name.to_str()) else { continue };
+            if let Some(name) = name.strip_prefix('.').and_then(|n| n.strip_suffix(".journal")) {
+                let file = dir.join(name);
+                if !written.contains(&*file) && journal::read(&path).is_some() {
+                    begun.push(file);
+                }
+                continue;
+            }
+            let is_weights = name.ends_with(".safetensors") || name.ends_with(INDEX_SUFFIX);
+            if is_weights && !is_adapter(name) && !written.contains(&*path) {
+                others.push(path);
+            }
+        }
+    }
+    others.retain(|path| !begun.contains(path));
+    others.sort();
+    if let [first, rest @ ..] = &others[..] {
+        let name = first.strip_prefix(out).unwrap_or(first).display();
+        let more =
+            if rest.is_empty() { String::new() } else { format!(", and {} more", rest.len()) };
+        return Err(error::invalid(format!(
+            "{}: {name}{more} would stay beside this export, and loaders might read that instead: \
+             remove it first",
+            out.display()
+        )));
+    }
+    for path in begun {
+        remove(&path)?;
+        remove(&hidden(&path, ".partial"))?;
+        remove(&hidden(&path, ".journal"))?;
+    }
+    Ok(())
 }
 
 /// Fails where `dir`, which need not exist, is inside of the model.
@@ -166,18 +233,22 @@ fn sealed_by(out: &Path) -> Option<String> {
 fn holds_file(dir: &Path) -> Result<bool> {
     let mut dirs: Vec<PathBuf> = vec![dir.to_owned()];
     while let Some(dir) = dirs.pop() {
-        let entries = match fs::read_dir(&dir) {
-            Ok(entries) => entries,
-            Err(error) if error.kind() == IoKind::NotFound => continue,
-            Err(error) => return Err(Error::io(dir.display(), error)),
-        };
-        for entry in entries {
-            let entry = entry.map_err(|cause| Error::io(dir.display(), cause))?;
-            match entry.file_type() {
-                Ok(kind) if kind.is_dir() => dirs.push(entry.path()),
+        for path in entries(&dir)? {
+            match path.symlink_metadata() {
+                Ok(found) if found.is_dir() => dirs.push(path),
                 _ => return Ok(true),
             }
         }
     }
     Ok(false)
+}
+
+/// What is in a directory; nothing where it isn't there.
+fn entries(dir: &Path) -> Result<Vec<PathBuf>> {
+    let at = |cause| Error::io(dir.display(), cause);
+    match fs::read_dir(dir) {
+        Ok(entries) => entries.map(|entry| Ok(entry.map_err(at)?.path())).collect(),
+        Err(error) if error.kind() == IoKind::NotFound => Ok(Vec::new()),
+        Err(error) => Err(at(error)),
+    }
 }

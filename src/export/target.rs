@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::iter::Peekable;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use parking_lot::Mutex;
@@ -72,8 +72,15 @@ impl<'a> Target<'a> {
                 begun = Progress::default();
             }
             remove(&path)?;
+            // It may be a link.
+            remove(&partial)?;
         }
-        let file = OpenOptions::new().write(true).create(true).truncate(!resumes).open(&partial);
+        let file = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(!resumes)
+            .custom_flags(rustix::fs::OFlags::NOFOLLOW.bits().cast_signed())
+            .open(&partial);
         let file = file.map_err(at)?;
         file.set_len(size).map_err(at)?;
         let mut rest = view.portions(node);

@@ -36,9 +36,9 @@ use serde_json::{Value, json};
 use super::takes::{Grain, Takes};
 use super::{Format, KeptExperts, Plan, Reader, by_layout, fused_experts, ran, skip};
 use crate::dtype::Dtype;
-use crate::error::Result;
+use crate::error::{self, Result};
 use crate::quant::{Codebook, CodebookScheme, Granularity, LlmInt8Scheme, Scheme, Storage};
-use crate::recipe::{Assignment, Decision, Job, Request, Schemes};
+use crate::recipe::{Assignment, Decision, Job, Offer, Request, Schemes};
 use crate::source::Catalog;
 
 /// One of the 4-bit formats.
@@ -101,7 +101,7 @@ impl Format for FourBit {
     fn assign(&self, job: Job<'_>) -> Result<Assignment> {
         self.takes().check(self.name, job.request)?;
         let dense = Scheme::Codebook(self.scheme(job.request));
-        Assignment::new(job, schemes(dense, job.config))
+        Assignment::new(job, offer(dense, job)?)
     }
 
     fn lay_out(&self, job: Job<'_>, assignment: Assignment) -> Plan {
@@ -189,7 +189,7 @@ impl Format for Int8 {
     fn assign(&self, job: Job<'_>) -> Result<Assignment> {
         self.takes().check(self.name(), job.request)?;
         let dense = Scheme::LlmInt8(LlmInt8Scheme);
-        Assignment::new(job, schemes(dense, job.config))
+        Assignment::new(job, offer(dense, job)?)
     }
 
     fn lay_out(&self, Job { catalog, .. }: Job<'_>, assignment: Assignment) -> Plan {
@@ -210,10 +210,24 @@ impl Format for Int8 {
     }
 }
 
+/// Types of models that are built of Linears of their own: transformers 5.23 replaces none but `nn.Linear`
+/// itself.
+const OWN_LINEARS: &[&str] = &["falcon"];
+
 /// Experts that the loader joins it can't join quantized; others are Linears like any.
-fn schemes(dense: Scheme, config: Option<&Value>) -> Schemes {
+fn offer(dense: Scheme, Job { config, request, .. }: Job<'_>) -> Result<Offer> {
+    let kind = config.and_then(|config| config.get("model_type")?.as_str());
+    if let Some(kind) = kind.filter(|kind| OWN_LINEARS.contains(kind)) {
+        return Err(error::unsupported(format!(
+            "{}: transformers replaces no Linear of the model type {kind}, whose class is its own: \
+             --format compressed-tensors",
+            request.format
+        )));
+    }
     let is_linear = fused_experts::in_transformers(config) == Some(KeptExperts::Single);
-    Schemes { dense, experts: is_linear.then_some(dense) }
+    let schemes = Schemes { dense, experts: is_linear.then_some(dense) };
+    let never = skip::never_converted(config);
+    Ok(Offer::from(schemes).sparing(never, skip::NEVER_CONVERTED))
 }
 
 const TRANSFORMERS: Reader =

@@ -17,7 +17,7 @@ use super::takes::{Grain, Takes};
 use super::{Format, Plan, Reader, by_layout, ran, skip};
 use crate::error::Result;
 use crate::quant::{Fp8Grain, Fp8Scale, Fp8Scheme, Scheme};
-use crate::recipe::{Assignment, Decision, Job, Request, ScaleFormat};
+use crate::recipe::{Assignment, Decision, Job, Offer, Request, ScaleFormat};
 
 /// `fp8-block`: one scale per block of 128 x 128.
 #[derive(Debug)]
@@ -52,7 +52,8 @@ impl Format for Fp8Block {
         let (scale, _) = scales(job.request);
         let (grain, quality) = (Fp8Grain::Block(128), job.request.quality);
         let scheme = Scheme::Fp8(Fp8Scheme { grain, scale, whole_blocks: true, quality });
-        Assignment::new(job, scheme)
+        let never = skip::never_converted(job.config);
+        Assignment::new(job, Offer::from(scheme).sparing(never, skip::NEVER_CONVERTED))
     }
 
     fn lay_out(&self, job: Job<'_>, assignment: Assignment) -> Plan {

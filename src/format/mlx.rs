@@ -25,7 +25,7 @@ use std::collections::HashMap;
 use serde_json::{Value, json};
 
 use super::takes::{Grain, Takes};
-use super::{Format, KeptExperts, Plan, Reader, mlx_mixtures, ran};
+use super::{Format, KeptExperts, Plan, Reader, mlx_mixtures, mlx_sanitize, ran};
 use crate::error::Result;
 use crate::quant::{
     AffineScheme, Granularity, MicroDialect, MicroFloat, MicroScheme, Quality, Scheme,
@@ -114,15 +114,13 @@ impl Format for Mlx {
         let Job { catalog, config, request } = job;
         self.takes.check(self.name, request)?;
         let joins_experts = mlx_mixtures::stacks(catalog, config).is_some();
-        let mut offer = Offer::mixed(request, Joined::Stacks, |request| {
+        let offer = Offer::mixed(request, Joined::Stacks, |request| {
             let dense = self.scheme(request);
             Schemes { dense, experts: joins_experts.then_some(dense) }
         });
         let is_affine = matches!(self.scheme(request), Scheme::Affine(_));
-        if mlx_mixtures::splits_kv_b(config) && !is_affine {
-            offer = offer.sparing(".kv_b_proj", "split by the loader");
-        }
-        Assignment::with_ends(job, offer)
+        let spared = mlx_sanitize::spared(job, is_affine)?;
+        Assignment::with_ends(job, offer.sparing(spared, "rearranged by the loader"))
     }
 
     fn lay_out(&self, job: Job<'_>, assignment: Assignment) -> Plan {

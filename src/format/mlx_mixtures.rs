@@ -24,6 +24,7 @@ const SWITCHED: &[&str] = &[
     "glm4_moe_lite",
     "hunyuan",
     "jamba",
+    "lfm2_moe",
     "mellum",
     "minimax",
     "mistral4",
@@ -36,17 +37,9 @@ const SWITCHED: &[&str] = &[
     "qwen3_vl_moe",
 ];
 
-/// Types of models whose loader splits `kv_b_proj`, and reads no codes there but affine ones.
-const SPLIT: &[&str] = &["deepseek_v3", "deepseek_v32", "glm4_moe_lite", "mistral4"];
-
-/// Whether codes of `kv_b_proj` have to be affine.
-pub(super) fn splits_kv_b(config: Option<&Value>) -> bool {
-    model_type(config).is_some_and(|kind| SPLIT.contains(&kind))
-}
-
 /// What tells the names of a model's experts: its type, or its language model's, where that is one of
 /// several that may stand behind it.
-fn model_type(config: Option<&Value>) -> Option<&str> {
+pub(super) fn model_type(config: Option<&Value>) -> Option<&str> {
     let config = config?;
     match config.get("model_type")?.as_str()? {
         "mistral3" => config.get("text_config")?.get("model_type")?.as_str(),

@@ -15,6 +15,7 @@ mod fused_experts;
 mod gptq;
 mod mlx;
 mod mlx_mixtures;
+mod mlx_sanitize;
 mod mxfp4;
 mod skip;
 mod takes;
@@ -517,7 +518,85 @@ pub(crate) fn json_with(begin: &str, number: f32) -> Vec<u8> {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
+    use crate::recipe::{Decision, Request};
+    use crate::source::{Decoder, Extent};
+
+    /// The modules that a format keeps of a model, or why it takes none.
+    fn kept(format: &str, config: &Value, modules: &[&str]) -> Result<Vec<String>, String> {
+        let tensor = |module: &&str| Tensor {
+            name: format!("{module}.weight"),
+            dtype: Dtype::BF16,
+            shape: vec![256, 256],
+            decoder: Decoder::Plain,
+            operands: vec![Extent { shard: 0, start: 0, len: 1 << 17 }],
+        };
+        let catalog = Catalog::new(modules.iter().map(tensor).collect()).expect("unique");
+        let request = Request { format: format.to_owned(), ..Request::default() };
+        let job = Job { catalog: &catalog, config: Some(config), request: &request };
+        let assignment = find(format).and_then(|format| format.assign(job));
+        let assignment = assignment.map_err(|error| error.to_string())?;
+        let is_kept = |id: &usize| matches!(assignment[*id], Decision::Keep { .. });
+        Ok((0..modules.len()).filter(is_kept).map(|id| modules[id].to_owned()).collect())
+    }
+
+    #[test]
+    fn what_a_loader_of_the_format_can_not_take_quantized_is_kept() {
+        #[track_caller]
+        fn check(format: &str, model_type: &str, leaves: &[&str], expected: &[&str]) {
+            let in_layer = |leaf: &&str| format!("model.layers.0.{leaf}");
+            let modules: Vec<String> = leaves.iter().map(in_layer).collect();
+            let modules: Vec<&str> = modules.iter().map(String::as_str).collect();
+            let config = json!({ "a": { "model_type": model_type }, "model_type": model_type });
+            let found = kept(format, &config, &modules);
+            let expected: Vec<String> = expected.iter().map(in_layer).collect();
+            assert_eq!(found, Ok(expected), "{format}, {model_type}");
+        }
+        let t5 = ["self_attn.q_proj", "mlp.wi", "mlp.wo"];
+        for format in ["bnb-nf4", "bnb-fp4", "bnb-int8", "fp8-block"] {
+            check(format, "t5", &t5, &["mlp.wo"]);
+            check(format, "llama", &t5, &[]);
+            let indexer = ["self_attn.o_proj", "self_attn.indexer.weights_proj"];
+            check(format, "deepseek_v32", &indexer, &indexer[1..]);
+        }
+        check("compressed-tensors", "t5", &t5, &[]);
+        let mla = ["self_attn.o_proj", "self_attn.kv_b_proj"];
+        for (format, model_type, expected) in [
+            ("mlx", "kimi_k25", &mla[2..]),
+            ("mlx-mxfp4", "kimi_k25", &mla[1..]),
+            ("mlx", "bailing_hybrid", &mla[1..]),
+            ("mlx", "deepseek_v2", &mla[2..]),
+        ] {
+            check(format, model_type, &mla, expected);
+        }
+        let dense = ["feed_forward.w1", "feed_forward.w2", "self_attn.o_proj"];
+        check("mlx", "lfm2_moe", &dense, &dense[..2]);
+        check("mlx", "lfm2", &dense, &[]);
+        let shared = ["shared_mlp.input_linear", "self_attn.o_proj"];
+        check("mlx", "granitemoehybrid", &shared, &shared[..1]);
+        let shared = ["block_sparse_moe.shared_experts.up_proj", "self_attn.o_proj"];
+        check("mlx", "kimi_linear", &shared, &shared[..1]);
+    }
+
+    #[test]
+    fn an_embedding_that_a_loader_takes_for_the_head_too_is_kept() {
+        let config = json!({ "model_type": "minicpm", "tie_word_embeddings": false });
+        let modules = ["model.embed_tokens", "model.layers.0.self_attn.o_proj", "lm_head"];
+        assert_eq!(kept("mlx", &config, &modules), Ok(vec![]));
+        assert_eq!(kept("mlx", &config, &modules[..2]), Ok(vec![modules[0].to_owned()]));
+    }
+
+    #[test]
+    fn models_of_which_a_loader_takes_nothing_quantized_are_refused() {
+        let refused = |format: &str, kind: &str| {
+            let modules = ["model.layers.0.self_attn.o_proj"];
+            kept(format, &json!({ "model_type": kind }), &modules).expect_err("refused")
+        };
+        assert!(refused("bnb-nf4", "falcon").contains("--format compressed-tensors"));
+        assert!(refused("mlx", "falcon_h1").contains("multiplies most weights"));
+    }
 
     #[test]
     fn a_number_in_json_has_one_length_and_is_read_back() {

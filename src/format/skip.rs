@@ -1,8 +1,39 @@
 //! Kept modules, as transformers' own quantizers match them.
 
+use serde_json::Value;
+
 use super::Plan;
 use crate::recipe::module_of;
 use crate::source::Catalog;
+
+/// What [`never_converted`] is kept for.
+pub(super) const NEVER_CONVERTED: &str = "never converted by transformers";
+
+/// Modules that transformers never converts, whatever a list of them says: the `_keep_in_fp32_modules` of its
+/// models that are Linears (transformers 5.23; a model has those of its parts too).
+pub(super) fn never_converted(config: Option<&Value>) -> &'static [&'static str] {
+    let of_type = |kind: &str| -> Option<&'static [&'static str]> {
+        match kind {
+            "t5" | "mt5" | "umt5" | "udop" | "pop2piano" => Some(&["wo"]),
+            "deepseek_v32" | "glm_moe_dsa" | "axk2" | "mistral_large4" => {
+                Some(&["indexer.weights_proj"])
+            }
+            "deepseek_v4" => Some(&[
+                "self_attn.compressor.kv_proj",
+                "self_attn.compressor.gate_proj",
+                "self_attn.compressor.indexer.kv_proj",
+                "self_attn.compressor.indexer.gate_proj",
+                "self_attn.compressor.indexer.scorer.weights_proj",
+            ]),
+            _ => None,
+        }
+    };
+    fn search<T>(value: &Value, found: &impl Fn(&str) -> Option<T>) -> Option<T> {
+        let own = value.get("model_type").and_then(Value::as_str).and_then(found);
+        own.or_else(|| value.as_object()?.values().find_map(|value| search(value, found)))
+    }
+    config.and_then(|config| search(config, &of_type)).unwrap_or_default()
+}
 
 /// Entries for a list of modules not to convert.
 ///

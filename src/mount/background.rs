@@ -16,8 +16,10 @@ use crate::error::{Error, ErrorKind, Result};
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Ready {
     /// Where it is mounted.
+    #[serde(with = "path")]
     pub mountpoint: PathBuf,
     /// The model's directory.
+    #[serde(with = "path")]
     pub model: PathBuf,
     /// The format and the schemes that it is shown in.
     pub shown_as: String,
@@ -27,6 +29,22 @@ pub struct Ready {
     pub shown_bytes: u64,
     /// What the user should know, a line each.
     pub warnings: Vec<String>,
+}
+
+/// Paths as they are: by itself `serde` fails for those that are not UTF-8.
+mod path {
+    use std::ffi::OsString;
+    use std::path::{Path, PathBuf};
+
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
+        path.as_os_str().serialize(serializer)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(source: D) -> Result<PathBuf, D::Error> {
+        OsString::deserialize(source).map(PathBuf::from)
+    }
 }
 
 /// What the process in the background tells the one that started it: one line of JSON on its

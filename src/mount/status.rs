@@ -8,7 +8,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rustix::process::Pid;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 
 use super::places;
 use super::speed::Rates;
@@ -27,8 +27,10 @@ pub struct Status {
     /// The process that serves it.
     pub pid: u32,
     /// The model's directory.
+    #[serde(serialize_with = "as_text")]
     pub model: PathBuf,
     /// Where it is mounted.
+    #[serde(serialize_with = "as_text")]
     pub mountpoint: PathBuf,
     /// The format and the schemes that it is shown in.
     pub shown_as: String,
@@ -39,6 +41,7 @@ pub struct Status {
     /// When it was mounted, in seconds since 1970.
     pub mounted_at: u64,
     /// Where it logs to, if not to its standard error.
+    #[serde(serialize_with = "as_any_text")]
     pub log: Option<PathBuf>,
     /// What its user should know.
     pub warnings: Vec<String>,
@@ -61,6 +64,15 @@ pub struct Status {
     pub(super) device: Device,
 }
 
+/// A path for those who read JSON: what is not UTF-8 of it is replaced.
+fn as_text<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
+    path.to_string_lossy().serialize(serializer)
+}
+
+fn as_any_text<S: Serializer>(path: &Option<PathBuf>, serializer: S) -> Result<S::Ok, S::Error> {
+    path.as_deref().map(Path::to_string_lossy).serialize(serializer)
+}
+
 /// How a mount fares.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -81,8 +93,10 @@ pub enum State {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Mount {
     /// Where it is mounted, or was.
+    #[serde(serialize_with = "as_text")]
     pub mountpoint: PathBuf,
     /// The model's directory.
+    #[serde(serialize_with = "as_text")]
     pub model: PathBuf,
     /// How it fares.
     pub state: State,

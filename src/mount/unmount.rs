@@ -50,6 +50,9 @@ pub fn unmount(path: &Path) -> Result<Unmounted> {
     if table::mount_at(&path)?.is_some_and(|left| left.device == entry.device) {
         return Err(Error::new(ErrorKind::Io, format!("{}: still mounted", path.display())));
     }
+    // It may be seen elsewhere, where it was bound to.
+    let is_bound = table::mounts()?.iter().any(|other| other.device == entry.device);
+    let detached = if is_bound { Detached::Busy } else { detached };
     let Some((pid, process)) = process else {
         return Ok(match detached {
             Detached::Idle => Unmounted::Gone,

@@ -128,7 +128,8 @@ pub struct Offer {
     /// scheme for a whole checkpoint.
     overrides: Vec<Option<Schemes>>,
     joined: Joined,
-    spared: Option<(&'static str, &'static str)>,
+    /// Modules, with the reason.
+    spared: Option<(&'static [&'static str], &'static str)>,
 }
 
 impl Offer {
@@ -140,9 +141,9 @@ impl Offer {
         Self { overrides, joined, ..schemes(request).into() }
     }
 
-    /// Without the modules whose name ends with `leaf`, for the reason given.
-    pub fn sparing(self, leaf: &'static str, reason: &'static str) -> Self {
-        Self { spared: Some((leaf, reason)), ..self }
+    /// Without the modules that have one of these among the components of their names, for the reason given.
+    pub fn sparing(self, parts: &'static [&'static str], reason: &'static str) -> Self {
+        Self { spared: Some((parts, reason)), ..self }
     }
 }
 
@@ -228,8 +229,10 @@ impl Assignment {
             let schemes = schemes.copied().flatten().unwrap_or(offer.schemes);
             let decision = decide(tensor, kinds[id], &skip, &only, set, schemes, ends);
             match (offer.spared, decision) {
-                (Some((leaf, reason)), Decision::Quantize(_))
-                    if module_of(&tensor.name).ends_with(leaf) =>
+                (Some((parts, reason)), Decision::Quantize(_))
+                    if parts
+                        .iter()
+                        .any(|part| vocabulary::has_part(module_of(&tensor.name), part)) =>
                 {
                     Decision::Keep { reason: reason.into(), linear: true }
                 }

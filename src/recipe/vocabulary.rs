@@ -188,6 +188,14 @@ pub(super) fn is_within(path: &str, parent: &str) -> bool {
     path.strip_prefix(parent).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
 }
 
+/// Whether one or more components in a row are among those of a name.
+pub(super) fn has_part(module: &str, part: &str) -> bool {
+    module.match_indices(part).any(|(at, _)| {
+        let (before, after) = (&module[..at], &module[at + part.len()..]);
+        (before.is_empty() || before.ends_with('.')) && (after.is_empty() || after.starts_with('.'))
+    })
+}
+
 /// The words of a component: split at underscores, without trailing digits.
 pub(super) fn words(component: &str) -> impl Iterator<Item = &str> {
     split(component, b'_').map(|word| word.trim_end_matches(|c: char| c.is_ascii_digit()))
@@ -409,6 +417,23 @@ fn is_linear_word(word: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn parts_are_whole_components() {
+        for (module, part, is_there) in [
+            ("wo", "wo", true),
+            ("a.0.wo", "wo", true),
+            ("wo.a", "wo", true),
+            ("a.two.b", "wo", false),
+            ("a.two.wo", "wo", true),
+            ("a.won.b", "wo", false),
+            ("m.feed_forward.w1", "feed_forward.w1", true),
+            ("m.feed_forward.experts.0.w1", "feed_forward.w1", false),
+            ("m.feed_forward.w10", "feed_forward.w1", false),
+        ] {
+            assert_eq!(has_part(module, part), is_there, "{module}, {part}");
+        }
+    }
 
     #[test]
     fn fused_groups_join_what_engines_load_as_one() {

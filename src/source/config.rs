@@ -22,14 +22,13 @@ impl Config {
     /// # Errors
     /// `Corrupt` where it isn't a JSON object, `Io` where it can't be read.
     pub fn read(dir: &Path) -> Result<Option<Self>> {
-        let path = dir.join("config.json");
-        match std::fs::read_to_string(&path) {
-            Ok(text) => Self::parse(text).map(Some),
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-            Err(error) if error.kind() == std::io::ErrorKind::InvalidData => {
-                Err(error::corrupt("config.json: not UTF-8"))
+        match read_small(&dir.join("config.json")) {
+            Ok(bytes) => {
+                let text = String::from_utf8(bytes);
+                Self::parse(text.map_err(|_| error::corrupt("config.json: not UTF-8"))?).map(Some)
             }
-            Err(error) => Err(Error::io(path.display(), error)),
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
         }
     }
 
@@ -55,6 +54,19 @@ impl Config {
         let text = edited(&self.text, &edit.remove, &edit.set);
         Self::parse(NESTED.iter().fold(text, |text, member| edited_within(&text, member, &edit)))
     }
+}
+
+/// Reads a config or an index.
+///
+/// # Errors
+/// `NotFound` or `Io` where it can't be read, `Corrupt` where it isn't a regular file.
+pub(super) fn read_small(path: &Path) -> Result<Vec<u8>> {
+    let at = |cause| Error::io(path.display(), cause);
+    // To open a FIFO would wait for its writer, and a device may have no end.
+    if !path.metadata().map_err(at)?.is_file() {
+        return Err(error::corrupt(format!("{}: not a regular file", path.display())));
+    }
+    std::fs::read(path).map_err(at)
 }
 
 /// A change of a JSON object.

@@ -11,6 +11,7 @@ use serde::de::{Deserializer, MapAccess, Visitor};
 use serde_json::{Map, Value};
 
 use super::catalog::Catalog;
+use super::config::read_small;
 use crate::error::{self, Error, ErrorKind, Result};
 use crate::threads;
 
@@ -223,6 +224,26 @@ pub(super) fn unindexed_shards(dir: &Path) -> Result<Vec<String>> {
     Ok(found)
 }
 
+/// Fails for a file that is one of several, by its own name or an index beside it.
+///
+/// # Errors
+/// `Unsupported` where it is.
+pub(super) fn check_alone(dir: &Path, name: &str) -> Result<()> {
+    let is_of_index = || {
+        let index = find_index_file(dir).ok()??;
+        let json = read_small(&index).ok()?;
+        let (index, _) = Index::parse("", &json).ok()?;
+        Some(index.shards.len() > 1 && index.shards.iter().any(|shard| shard == name))
+    };
+    let is_of_set = numbered(name).is_some_and(|(_, _, count)| count.parse() != Ok(1));
+    if is_of_set || is_of_index() == Some(true) {
+        return Err(error::unsupported(format!(
+            "{name}: one shard of several: name their directory, or the index"
+        )));
+    }
+    Ok(())
+}
+
 /// The safetensors files of a directory that are numbered, and named as the index of that name is.
 ///
 /// # Errors
@@ -346,5 +367,23 @@ mod tests {
         let six = ["m-00001-of-000002.safetensors", "m-00002-of-000002.safetensors"];
         check(&six, Ok(&six));
         check(&six[1..], Err("m-00001-of-000002.safetensors is missing"));
+    }
+
+    #[test]
+    fn a_shard_of_several_is_not_a_checkpoint() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let check = |name: &str, is_alone: bool| {
+            assert_eq!(check_alone(dir.path(), name).is_ok(), is_alone, "{name}");
+        };
+        check("m-00001-of-00002.safetensors", false);
+        check("m-00001-of-00001.safetensors", true);
+        check("a.safetensors", true);
+        let index = dir.path().join(format!("model{INDEX_SUFFIX}"));
+        std::fs::write(&index, r#"{"weight_map":{"x":"a.safetensors"}}"#).expect("written");
+        check("a.safetensors", true);
+        let two = r#"{"weight_map":{"x":"a.safetensors","y":"b.safetensors"}}"#;
+        std::fs::write(&index, two).expect("written");
+        check("a.safetensors", false);
+        check("c.safetensors", true);
     }
 }

@@ -89,6 +89,7 @@ impl Checkpoint {
             if name.ends_with(INDEX_SUFFIX) {
                 (dir, Some(path.to_owned()), Vec::new())
             } else if name.ends_with(".safetensors") {
+                index::check_alone(dir, &name)?;
                 (dir, None, vec![name])
             } else {
                 return Err(error::unsupported(format!(
@@ -107,8 +108,7 @@ impl Checkpoint {
         let expected = index::shards_named_like(&dir, &file_name)?;
         let (text, parsed) = (OnceLock::new(), OnceLock::new());
         let parse = || {
-            let read = std::fs::read(&index);
-            let read = read.map_err(|cause| Error::io(index.display(), cause))?;
+            let read = config::read_small(&index)?;
             Index::parse(&file_name, text.get_or_init(|| read))
                 .map_err(|error| error.within(&file_name))
         };
