@@ -9,6 +9,8 @@ mod floats;
 mod importance;
 mod transposed;
 
+use std::sync::LazyLock;
+
 use super::*;
 
 /// A binary floating-point format, by its parameters.
@@ -66,24 +68,22 @@ impl Float {
     }
 
     /// The stored bytes of `x`, a value of the format.
-    fn store(self, x: f32) -> Vec<u8> {
-        let bits = u64::from(x.to_bits());
-        match self.dtype {
-            Dtype::F32 if x.is_nan() => vec![0, 0, 0xc0, 0x7f],
-            Dtype::BF16 if x.is_nan() => vec![0xc0, 0x7f],
-            Dtype::F16 if x.is_nan() => vec![0, 0x7e],
-            Dtype::F32 => x.to_le_bytes().to_vec(),
-            Dtype::BF16 => ((bits >> 16) as u16).to_le_bytes().to_vec(),
+    fn store(self, x: f32) -> impl Iterator<Item = u8> {
+        static HALVES: LazyLock<Vec<f64>> = LazyLock::new(|| (0..=0x7c00).map(half).collect());
+        let bits = match self.dtype {
+            Dtype::F32 if x.is_nan() => 0x7fc0_0000,
+            Dtype::BF16 if x.is_nan() => 0x7fc0,
+            Dtype::F16 if x.is_nan() => 0x7e00,
+            Dtype::F32 => x.to_bits(),
+            Dtype::BF16 => x.to_bits() >> 16,
             _ => {
-                let (mut low, mut high) = (0, 0x7c00);
-                while low < high {
-                    let middle = (low + high) / 2;
-                    if half(middle) < f64::from(x.abs()) { low = middle + 1 } else { high = middle }
-                }
-                assert_eq!(half(low), f64::from(x.abs()), "{x} is a value of the format");
-                (low | if x.is_sign_negative() { 0x8000 } else { 0 }).to_le_bytes().to_vec()
+                let magnitude = f64::from(x.abs());
+                let bits = HALVES.partition_point(|half| *half < magnitude);
+                assert_eq!(HALVES[bits], magnitude, "{x} is a value of the format");
+                bits as u32 | if x.is_sign_negative() { 0x8000 } else { 0 }
             }
-        }
+        };
+        bits.to_le_bytes().into_iter().take(self.dtype.bitsize() / 8)
     }
 }
 
