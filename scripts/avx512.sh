@@ -193,8 +193,14 @@ trap 'kill "${!part_of[@]}" 2>/dev/null || true' EXIT
 
 # Waits for a guest to end and says what it said.
 finish() {
-    local pid=
-    wait -n -p pid || true
+    # `wait -n` passes over all but one of those that end at the same time.
+    local pid= one
+    while [ -z "$pid" ]; do
+        sleep 1
+        for one in "${!part_of[@]}"; do
+            kill -0 "$one" 2>/dev/null || pid=$one
+        done
+    done
     local part=${part_of[$pid]}
     local took=$((SECONDS - began[$pid])) dir=$work/$part
     unset "part_of[$pid]"
