@@ -13,8 +13,7 @@ use super::journal::{self, Subject, hidden};
 use super::target::remove;
 use super::{Files, Output, dirs};
 use crate::error::{self, Error, Result};
-use crate::source::{INDEX_SUFFIX, is_adapter};
-use crate::view::{Identity, View};
+use crate::view::{Identity, View, is_weights};
 
 /// The attribute of a finished export's directory that tells of which view it is.
 const SEAL: &str = "user.aq-fs.export";
@@ -118,8 +117,7 @@ pub(super) fn clear(view: &View, out: &Path, files: &Files) -> Result<()> {
                 }
                 continue;
             }
-            let is_weights = name.ends_with(".safetensors") || name.ends_with(INDEX_SUFFIX);
-            if is_weights && !is_adapter(name) && !written.contains(&*path) {
+            if is_weights(name) && !written.contains(&*path) {
                 others.push(path);
             }
         }

@@ -28,6 +28,7 @@ pub use identity::Identity;
 pub use model::Model;
 pub use portions::Portion;
 pub use tree::{Node, NodeId, NodeKind, ROOT, Tree};
+pub use walk::is_weights;
 
 use crate::error::{self, Result};
 use crate::format;

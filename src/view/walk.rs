@@ -13,7 +13,14 @@ use crate::error::{self, Error, Result};
 use crate::format::{self, Format};
 use crate::quant::Quality;
 use crate::recipe::Request;
-use crate::source::{Checkpoint, ImportanceFile, SourceFile, find_index_file, is_adapter};
+use crate::source::{
+    Checkpoint, INDEX_SUFFIX, ImportanceFile, SourceFile, find_index_file, is_adapter,
+};
+
+/// Whether a file of that name is one that loaders take for weights of a model, or an index of them.
+pub fn is_weights(name: &str) -> bool {
+    (name.ends_with(".safetensors") || name.ends_with(INDEX_SUFFIX)) && !is_adapter(name)
+}
 
 /// What is found on the way.
 pub(super) struct Walk<'a> {
@@ -249,7 +256,7 @@ impl<'a> Walk<'a> {
             None
         } else if name.ends_with(".safetensors") {
             Some("a shard that the index does not name")
-        } else if ends(&[".safetensors.index.json"]) {
+        } else if ends(&[INDEX_SUFFIX]) {
             Some("another checkpoint's index")
         } else if name.starts_with("consolidated")
             || ends(&[".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".bin.index.json"])
