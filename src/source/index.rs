@@ -228,7 +228,7 @@ pub(super) fn unindexed_shards(dir: &Path) -> Result<Vec<String>> {
 ///
 /// # Errors
 /// `Unsupported` where it is.
-pub(super) fn check_alone(dir: &Path, name: &str) -> Result<()> {
+pub(crate) fn check_alone(dir: &Path, name: &str) -> Result<()> {
     let is_of_index = || {
         let index = find_index_file(dir).ok()??;
         let json = read_small(&index).ok()?;

@@ -31,8 +31,8 @@ pub use file::{SourceFile, SourceFiles};
 pub use fused::{Matrices, Order};
 pub use header::{Entry, Header, MAX_HEADER_BYTES};
 pub use importance::{ImportanceEntry, ImportanceFile};
-pub(crate) use index::is_adapter;
 pub use index::{INDEX_SUFFIX, Index, find_index_file};
+pub(crate) use index::{check_alone, is_adapter};
 pub use window::Window;
 
 use crate::error::{self, Error, ErrorKind, Result};
@@ -89,7 +89,6 @@ impl Checkpoint {
             if name.ends_with(INDEX_SUFFIX) {
                 (dir, Some(path.to_owned()), Vec::new())
             } else if name.ends_with(".safetensors") {
-                index::check_alone(dir, &name)?;
                 (dir, None, vec![name])
             } else {
                 return Err(error::unsupported(format!(

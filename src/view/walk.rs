@@ -14,7 +14,7 @@ use crate::format::{self, Format};
 use crate::quant::Quality;
 use crate::recipe::Request;
 use crate::source::{
-    Checkpoint, INDEX_SUFFIX, ImportanceFile, SourceFile, find_index_file, is_adapter,
+    Checkpoint, INDEX_SUFFIX, ImportanceFile, SourceFile, check_alone, find_index_file, is_adapter,
 };
 
 /// Whether a file of that name is one that loaders take for weights of a model, or an index of them.
@@ -89,7 +89,11 @@ impl<'a> Walk<'a> {
         let checkpoint = if metadata.is_dir() {
             self.checkpoint_in(path, true)?
         } else {
-            Some(Checkpoint::open(path)?)
+            let checkpoint = Checkpoint::open(path)?;
+            if let (None, [shard]) = (checkpoint.index(), checkpoint.shards()) {
+                check_alone(checkpoint.dir(), shard.file.name())?;
+            }
+            Some(checkpoint)
         };
         let root = match &checkpoint {
             Some(checkpoint) => checkpoint.dir().to_owned(),

@@ -62,7 +62,7 @@ fn opens_a_directory_its_index_and_a_single_file() {
     write_sharded(dir.path());
     assert_eq!(tensors(dir.path()), three());
     assert_eq!(tensors(&dir.path().join(INDEX)), three());
-    refuses(&dir.path().join(TWO), ErrorKind::Unsupported, "one shard of several");
+    assert_eq!(tensors(&dir.path().join(TWO)), three()[2..]);
     let single = tempfile::tempdir().expect("a directory");
     write_shard(&single.path().join("model.safetensors"), &[("a", 1)], 0);
     let expected = [("a".to_owned(), "model.safetensors".to_owned(), 1)];
@@ -115,6 +115,7 @@ fn opens_a_hub_cache_snapshot() {
     }
     assert_eq!(tensors(&snapshot), three());
     assert_eq!(tensors(&snapshot.join(INDEX)), three());
+    assert_eq!(tensors(&snapshot.join(TWO)), three()[2..]);
     fs::remove_file(dir.path().join("blobs/e2")).expect("removed");
     refuses(
         &snapshot,
