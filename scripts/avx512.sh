@@ -193,7 +193,7 @@ trap 'kill "${!part_of[@]}" 2>/dev/null || true' EXIT
 
 # Waits for a guest to end and says what it said.
 finish() {
-    # `wait -n` passes over all but one of those that end at the same time.
+    # `wait -n` knows nothing of those that have ended before.
     local pid= one
     while [ -z "$pid" ]; do
         sleep 1

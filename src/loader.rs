@@ -11,7 +11,7 @@ use crate::format::{FORMATS, Weight};
 use crate::quant::{
     AffineScheme, Granularity, IntScheme, Packing, Scheme, TransposedOrder, TransposedScheme,
 };
-use crate::recipe::{Request, is_expert, module_of};
+use crate::recipe::{Request, is_expert, model_type, module_of};
 use crate::view::{Model, View};
 
 /// A program or library that loads checkpoints.
@@ -190,10 +190,6 @@ const PACKED: &[&str] = &["compressed-tensors", "ct-nvfp4", "ct-mxfp4"];
 
 fn needs_dequantize(asymmetric: bool, config: Option<&Value>) -> bool {
     asymmetric || model_type(config).is_some_and(|kind| DECODED.contains(&kind))
-}
-
-fn model_type(config: Option<&Value>) -> Option<&str> {
-    config?.get("model_type")?.as_str()
 }
 
 fn config_of(model: &Model) -> Option<&Value> {

@@ -56,6 +56,13 @@ pub(super) fn hidden(path: &Path, ending: &str) -> PathBuf {
     path.with_file_name(name)
 }
 
+/// Opens a hidden file to go on with it, or makes it. A link of that name leads to nothing of ours.
+pub(super) fn open_own(path: &Path) -> std::io::Result<File> {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).create(true).truncate(false);
+    options.custom_flags(rustix::fs::OFlags::NOFOLLOW.bits().cast_signed()).open(path)
+}
+
 /// What the journal at `path` says, if there is one that can be understood.
 pub(super) fn read(path: &Path) -> Option<(Subject, Progress)> {
     let text = fs::read(path).ok()?;
@@ -69,14 +76,7 @@ impl Journal {
     /// `Io` where it can't be opened, or another process writes it.
     pub(super) fn open(path: PathBuf, subject: &Subject) -> Result<(Self, Progress)> {
         let at = |cause| Error::io(path.display(), cause);
-        let mut file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .custom_flags(rustix::fs::OFlags::NOFOLLOW.bits().cast_signed())
-            .open(&path)
-            .map_err(at)?;
+        let mut file = open_own(&path).map_err(at)?;
         // Where a file system has no locks, nothing keeps two processes apart but their users.
         if let Err(TryLockError::WouldBlock) = file.try_lock() {
             let message = format!("{}: another process is writing this export", path.display());

@@ -46,22 +46,22 @@ pub fn find(view: &View, out: &Path) -> Result<Found> {
     dirs(view, out).try_for_each(|dir| check_outside(view, &dir))?;
     let subject = Subject { identity: view.identity(), chunk: view.budget().chunk };
     let Files { large, small } = Files::of(view, out);
-    if !holds_file(out)? {
-        let file = large.iter().chain(&small).find(|file| file.path.is_dir());
-        return file.map_or(Ok(Found::Nothing), |file| Err(is_directory(&file.path)));
-    }
-    let sealed = sealed_by(out);
-    let own_seal = seal_of(&subject.identity);
     let mut wanting = None;
     for file in large.iter().chain(&small) {
         match file.path.metadata() {
             Ok(found) if found.is_dir() => {
-                return Err(is_directory(&file.path));
+                let place = file.path.display();
+                return Err(error::invalid(format!("{place}: a directory, where a file is to be")));
             }
             Ok(found) if found.len() == file.size => {}
             _ => wanting = wanting.or(Some(file)),
         }
     }
+    if !holds_file(out)? {
+        return Ok(Found::Nothing);
+    }
+    let sealed = sealed_by(out);
+    let own_seal = seal_of(&subject.identity);
     if wanting.is_none() && sealed.as_ref() == Some(&own_seal) {
         return Ok(Found::Finished);
     }
@@ -92,10 +92,6 @@ pub fn find(view: &View, out: &Path) -> Result<Found> {
             Found::Foreign(format!("{place}: {what}; --overwrite replaces files of the same names"))
         }
     })
-}
-
-fn is_directory(path: &Path) -> Error {
-    error::invalid(format!("{}: a directory, where a file is to be", path.display()))
 }
 
 /// Takes away what earlier exports have begun, by the journals beside it, unless `files` have that name.

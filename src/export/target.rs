@@ -1,14 +1,14 @@
 //! A large file on its way to disk, by any number of threads.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::iter::Peekable;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use parking_lot::Mutex;
 
-use super::journal::{Journal, Progress, Subject, hidden};
+use super::journal::{Journal, Progress, Subject, hidden, open_own};
 use crate::error::{Error, Result};
 use crate::view::{NodeId, Portion, View};
 
@@ -72,16 +72,9 @@ impl<'a> Target<'a> {
                 begun = Progress::default();
             }
             remove(&path)?;
-            // It may be a link.
             remove(&partial)?;
         }
-        let file = OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(!resumes)
-            .custom_flags(rustix::fs::OFlags::NOFOLLOW.bits().cast_signed())
-            .open(&partial);
-        let file = file.map_err(at)?;
+        let file = open_own(&partial).map_err(at)?;
         file.set_len(size).map_err(at)?;
         let mut rest = view.portions(node);
         if begun.portions > 0 {

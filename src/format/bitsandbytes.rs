@@ -38,7 +38,7 @@ use super::{Format, KeptExperts, Plan, Reader, by_layout, fused_experts, ran, sk
 use crate::dtype::Dtype;
 use crate::error::{self, Result};
 use crate::quant::{Codebook, CodebookScheme, Granularity, LlmInt8Scheme, Scheme, Storage};
-use crate::recipe::{Assignment, Decision, Job, Offer, Request, Schemes};
+use crate::recipe::{Assignment, Decision, Job, Offer, Request, Schemes, model_type};
 use crate::source::Catalog;
 
 /// One of the 4-bit formats.
@@ -216,8 +216,7 @@ const OWN_LINEARS: &[&str] = &["falcon"];
 
 /// Experts that the loader joins it can't join quantized; others are Linears like any.
 fn offer(dense: Scheme, Job { config, request, .. }: Job<'_>) -> Result<Offer> {
-    let kind = config.and_then(|config| config.get("model_type")?.as_str());
-    if let Some(kind) = kind.filter(|kind| OWN_LINEARS.contains(kind)) {
+    if let Some(kind) = model_type(config).filter(|kind| OWN_LINEARS.contains(kind)) {
         return Err(error::unsupported(format!(
             "{}: transformers replaces no Linear of the model type {kind}, whose class is its own: \
              --format compressed-tensors",

@@ -21,7 +21,7 @@ use serde_json::Value;
 
 use super::{Format, Plan};
 use crate::error::Result;
-use crate::recipe::{Assignment, Decision, Job, module_of};
+use crate::recipe::{Assignment, Decision, Job, model_type, module_of};
 use crate::source::{Catalog, Matrices, Order, Tensor, TensorId};
 
 /// Types of models whose loader joins experts that are stored one by one: `experts.*.gate_proj.weight`
@@ -56,7 +56,7 @@ const JOINED: &[&str] = &[
 /// How transformers reads the experts of a model if not fused: those that they join, or Llama-4's, which are
 /// Linears to them where the checkpoint is quantized. (`quantizers/base.py` of transformers 5.23.)
 pub(super) fn in_transformers(config: Option<&Value>) -> Option<KeptExperts> {
-    match config?.get("model_type")?.as_str()? {
+    match model_type(config)? {
         "llama4" | "llama4_text" => Some(KeptExperts::Single),
         kind => JOINED.contains(&kind).then_some(KeptExperts::Fused),
     }

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use serde_json::Value;
 
 use super::Stack;
-use crate::recipe::{is_expert, stack_of};
+use crate::recipe::{is_expert, model_type, stack_of};
 use crate::source::{Catalog, TensorId};
 
 /// Types of models that hold `switch_mlp` where the checkpoint holds `experts`.
@@ -39,17 +39,16 @@ const SWITCHED: &[&str] = &[
 
 /// What tells the names of a model's experts: its type, or its language model's, where that is one of
 /// several that may stand behind it.
-pub(super) fn model_type(config: Option<&Value>) -> Option<&str> {
-    let config = config?;
-    match config.get("model_type")?.as_str()? {
-        "mistral3" => config.get("text_config")?.get("model_type")?.as_str(),
+pub(super) fn language_type(config: Option<&Value>) -> Option<&str> {
+    match model_type(config)? {
+        "mistral3" => model_type(config?.get("text_config")),
         kind => Some(kind),
     }
 }
 
 /// Where below the parent of `experts` a loader holds them joined, if that is known.
 pub(super) fn joint(config: Option<&Value>) -> Option<&'static str> {
-    match model_type(config)? {
+    match language_type(config)? {
         "gemma4" | "gemma4_text" | "gemma4_unified" => Some("experts.switch_glu"),
         "llama4" => Some("experts"),
         kind => SWITCHED.contains(&kind).then_some("switch_mlp"),

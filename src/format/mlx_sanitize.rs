@@ -5,7 +5,7 @@
 
 use serde_json::Value;
 
-use super::mlx_mixtures::model_type;
+use super::mlx_mixtures::language_type;
 use crate::error::{self, Result};
 use crate::recipe::Job;
 
@@ -16,7 +16,7 @@ use crate::recipe::Job;
 pub(super) fn spared(job: Job<'_>, is_affine: bool) -> Result<&'static [&'static str]> {
     let Job { catalog, config, .. } = job;
     let shape = |name: &str| catalog.find(name).map(|id| &catalog[id].shape[..]);
-    Ok(match model_type(config).unwrap_or_default() {
+    Ok(match language_type(config).unwrap_or_default() {
         // A convolution that has MLX's order already says that all is done.
         "falcon_h1"
             if !shape("model.layers.0.mamba.conv1d.weight")

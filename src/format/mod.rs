@@ -549,7 +549,7 @@ mod tests {
             let in_layer = |leaf: &&str| format!("model.layers.0.{leaf}");
             let modules: Vec<String> = leaves.iter().map(in_layer).collect();
             let modules: Vec<&str> = modules.iter().map(String::as_str).collect();
-            let config = json!({ "a": { "model_type": model_type }, "model_type": model_type });
+            let config = json!({ "model_type": model_type });
             let found = kept(format, &config, &modules);
             let expected: Vec<String> = expected.iter().map(in_layer).collect();
             assert_eq!(found, Ok(expected), "{format}, {model_type}");
@@ -562,6 +562,10 @@ mod tests {
             check(format, "deepseek_v32", &indexer, &indexer[1..]);
         }
         check("compressed-tensors", "t5", &t5, &[]);
+        let of_parts = json!({ "model_type": "blip-2", "text_config": { "model_type": "t5" } });
+        let wo = "language_model.decoder.block.0.layer.2.DenseReluDense.wo";
+        assert_eq!(kept("bnb-nf4", &of_parts, &[wo]), Ok(vec![wo.to_owned()]));
+        assert_eq!(kept("bnb-nf4", &json!({ "model_type": "blip-2" }), &[wo]), Ok(vec![]));
         let mla = ["self_attn.o_proj", "self_attn.kv_b_proj"];
         for (format, model_type, expected) in [
             ("mlx", "kimi_k25", &mla[2..]),

@@ -17,7 +17,7 @@ use serde_json::json;
 use super::{Format, Grain, Plan, Reader, Takes, by_layout, ran};
 use crate::error::{self, Result};
 use crate::quant::{ExpertsScheme, Scheme};
-use crate::recipe::{Assignment, Decision, Job, module_of};
+use crate::recipe::{Assignment, Decision, Job, model_type, module_of};
 
 /// `mxfp4`.
 #[derive(Debug)]
@@ -48,9 +48,9 @@ impl Format for Mxfp4 {
     fn assign(&self, job: Job<'_>) -> Result<Assignment> {
         let Job { config, request, .. } = job;
         self.takes().check(self.name(), request)?;
-        let model_type = config.and_then(|config| config.get("model_type")?.as_str());
-        if model_type != Some("gpt_oss") {
-            let found = model_type.unwrap_or("model without a `model_type`");
+        let kind = model_type(config);
+        if kind != Some("gpt_oss") {
+            let found = kind.unwrap_or("model without a `model_type`");
             return Err(error::unsupported(format!(
                 "mxfp4 is how gpt-oss stores its experts, and no loader reads it of a {found}: \
                  --format ct-mxfp4 has the same codes for Linears"

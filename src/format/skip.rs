@@ -3,7 +3,7 @@
 use serde_json::Value;
 
 use super::Plan;
-use crate::recipe::module_of;
+use crate::recipe::{model_types, module_of};
 use crate::source::Catalog;
 
 /// What [`never_converted`] is kept for.
@@ -28,11 +28,7 @@ pub(super) fn never_converted(config: Option<&Value>) -> &'static [&'static str]
             _ => None,
         }
     };
-    fn search<T>(value: &Value, found: &impl Fn(&str) -> Option<T>) -> Option<T> {
-        let own = value.get("model_type").and_then(Value::as_str).and_then(found);
-        own.or_else(|| value.as_object()?.values().find_map(|value| search(value, found)))
-    }
-    config.and_then(|config| search(config, &of_type)).unwrap_or_default()
+    config.and_then(|config| model_types(config).into_iter().find_map(of_type)).unwrap_or_default()
 }
 
 /// Entries for a list of modules not to convert.

@@ -109,7 +109,7 @@ pub(super) fn ranks<E: Element, const LEN: usize>(
     raw: &[E::Raw; LEN],
 ) -> [u16; LEN] {
     let mut ranks = [0; LEN];
-    // Where the compiler has all thresholds in registers depends on how many weights there are.
+    // Which of the two is faster depends on how many weights there are.
     if LEN > 32 {
         let bits = raw.map(|raw| E::bits(raw).ordered());
         for threshold in &thresholds[..15] {

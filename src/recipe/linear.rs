@@ -126,6 +126,13 @@ pub(super) fn classify(tensors: &[Tensor], config: Option<&Value>) -> Vec<Kind> 
     kinds.concat()
 }
 
+/// Every `model_type` in a config, those of a model's parts included.
+pub fn model_types(config: &Value) -> Vec<&str> {
+    let mut evidence = Evidence::default();
+    evidence.read_config(config);
+    evidence.model_types
+}
+
 /// Whether a tensor is a matrix for each of a mixture's experts.
 fn is_stack_of_experts(tensor: &Tensor) -> bool {
     let is_mixture = |component| matches!(component, "experts" | "block_sparse_moe");

@@ -19,6 +19,7 @@ use crate::quant::{Granularity, Quality, Real, Scheme, Storage};
 use crate::source::{Catalog, Tensor, TensorId};
 use crate::threads;
 use ignore::KeptModule;
+pub use linear::model_types;
 use linear::{Kind, Reason};
 pub use llama_cpp::{LlamaCppName, llama_cpp_names};
 pub use overrides::{Joined, Override, Setting, fused_name, stack_of};
@@ -128,8 +129,8 @@ pub struct Offer {
     /// scheme for a whole checkpoint.
     overrides: Vec<Option<Schemes>>,
     joined: Joined,
-    /// Modules, with the reason.
-    spared: Option<(&'static [&'static str], &'static str)>,
+    /// Parts of names of modules, with the reason.
+    spared: (&'static [&'static str], &'static str),
 }
 
 impl Offer {
@@ -143,14 +144,14 @@ impl Offer {
 
     /// Without the modules that have one of these among the components of their names, for the reason given.
     pub fn sparing(self, parts: &'static [&'static str], reason: &'static str) -> Self {
-        Self { spared: Some((parts, reason)), ..self }
+        Self { spared: (parts, reason), ..self }
     }
 }
 
 impl<T: Into<Schemes>> From<T> for Offer {
     fn from(schemes: T) -> Self {
         let joined = Joined::Projections;
-        Self { schemes: schemes.into(), overrides: Vec::new(), joined, spared: None }
+        Self { schemes: schemes.into(), overrides: Vec::new(), joined, spared: (&[], "") }
     }
 }
 
@@ -228,16 +229,13 @@ impl Assignment {
             };
             let schemes = schemes.copied().flatten().unwrap_or(offer.schemes);
             let decision = decide(tensor, kinds[id], &skip, &only, set, schemes, ends);
-            match (offer.spared, decision) {
-                (Some((parts, reason)), Decision::Quantize(_))
-                    if parts
-                        .iter()
-                        .any(|part| vocabulary::has_part(module_of(&tensor.name), part)) =>
-                {
-                    Decision::Keep { reason: reason.into(), linear: true }
-                }
-                (_, decision) => decision,
+            let (parts, reason) = offer.spared;
+            let is_spared =
+                || parts.iter().any(|part| vocabulary::has_part(module_of(&tensor.name), part));
+            if matches!(decision, Decision::Quantize(_)) && is_spared() {
+                return Decision::Keep { reason: reason.into(), linear: true };
             }
+            decision
         };
         let decided =
             threads::map_ranges(kinds.len(), |range| range.map(judge).collect::<Vec<_>>());
@@ -320,6 +318,11 @@ impl std::ops::Index<TensorId> for Assignment {
     fn index(&self, id: TensorId) -> &Decision {
         &self.decisions[id]
     }
+}
+
+/// The `model_type` of a config.
+pub fn model_type(config: Option<&Value>) -> Option<&str> {
+    config?.get("model_type")?.as_str()
 }
 
 /// The module that a tensor belongs to: its name without its last component.
@@ -483,7 +486,7 @@ fn fused_experts_kept(
         return None;
     }
     let all: u64 = catalog.tensors().iter().map(Tensor::elements).sum();
-    let is_gpt_oss = config.is_some_and(|config| config["model_type"] == "gpt_oss");
+    let is_gpt_oss = model_type(config) == Some("gpt_oss");
     let instead = if is_gpt_oss {
         "--format mxfp4 quantizes them"
     } else {

@@ -1,10 +1,12 @@
 //! A checkpoint's `config.json`: read, and edited without touching its other bytes.
 
+use std::io::Read;
 use std::path::Path;
 
 use serde_json::{Map, Value};
 
 use super::decode::{DECLARATIONS, NESTED};
+use super::file::open_regular;
 use crate::error::{self, Error, ErrorKind, Result};
 
 /// A checkpoint's `config.json`.
@@ -61,12 +63,10 @@ impl Config {
 /// # Errors
 /// `NotFound` or `Io` where it can't be read, `Corrupt` where it isn't a regular file.
 pub(super) fn read_small(path: &Path) -> Result<Vec<u8>> {
-    let at = |cause| Error::io(path.display(), cause);
-    // To open a FIFO would wait for its writer, and a device may have no end.
-    if !path.metadata().map_err(at)?.is_file() {
-        return Err(error::corrupt(format!("{}: not a regular file", path.display())));
-    }
-    std::fs::read(path).map_err(at)
+    let mut bytes = Vec::new();
+    let read = open_regular(path, path.display())?.read_to_end(&mut bytes);
+    read.map_err(|cause| Error::io(path.display(), cause))?;
+    Ok(bytes)
 }
 
 /// A change of a JSON object.

@@ -1,6 +1,7 @@
 //! Source files: their identity, plain reads, and memory maps under an LRU.
 
 use std::collections::VecDeque;
+use std::fmt::Display;
 use std::fs::File;
 use std::hint::black_box;
 use std::num::NonZeroUsize;
@@ -48,6 +49,19 @@ impl Identity {
     }
 }
 
+/// Opens a regular file, which errors call `name`.
+///
+/// # Errors
+/// `NotFound` or `Io` where it can't be opened, `Corrupt` where it is something else.
+pub(super) fn open_regular(path: &Path, name: impl Display) -> Result<File> {
+    // Before opening it: to open a FIFO would wait for its writer, and a device may have no end.
+    match path.metadata() {
+        Ok(found) if !found.is_file() => Err(error::corrupt(format!("{name}: not a regular file"))),
+        Ok(_) => File::open(path).map_err(|cause| Error::io(name, cause)),
+        Err(cause) => Err(Error::io(name, cause)),
+    }
+}
+
 impl SourceFile {
     /// Opens `dir/name`, symbolic links resolved, and notes what it is now.
     ///
@@ -59,11 +73,7 @@ impl SourceFile {
         let name = name_path.to_string_lossy().into_owned();
         let at = |cause| Error::io(&name, cause);
         let path = dir.join(name_path).canonicalize().map_err(at)?;
-        // Before opening it: to open a FIFO would wait for its writer.
-        if !path.metadata().map_err(at)?.is_file() {
-            return Err(error::corrupt(format!("{name}: not a regular file")));
-        }
-        let file = File::open(&path).map_err(at)?;
+        let file = open_regular(&path, &name)?;
         let metadata = file.metadata().map_err(at)?;
         let source = Self {
             id: NEXT.fetch_add(1, Ordering::Relaxed),
