@@ -118,8 +118,7 @@ impl Format for Mlx {
             let dense = self.scheme(request);
             Schemes { dense, experts: joins_experts.then_some(dense) }
         });
-        let is_affine = matches!(self.scheme(request), Scheme::Affine(_));
-        let spared = mlx_sanitize::spared(job, is_affine)?;
+        let spared = mlx_sanitize::spared(job)?;
         Assignment::with_ends(job, offer.sparing(spared, "rearranged by the loader"))
     }
 

@@ -13,7 +13,7 @@ use crate::recipe::Job;
 ///
 /// # Errors
 /// `Unsupported` where nearly everything would have to.
-pub(super) fn spared(job: Job<'_>, is_affine: bool) -> Result<&'static [&'static str]> {
+pub(super) fn spared(job: Job<'_>) -> Result<&'static [&'static str]> {
     let Job { catalog, config, .. } = job;
     let shape = |name: &str| catalog.find(name).map(|id| &catalog[id].shape[..]);
     Ok(match language_type(config).unwrap_or_default() {
@@ -27,17 +27,11 @@ pub(super) fn spared(job: Job<'_>, is_affine: bool) -> Result<&'static [&'static
                  codes: mlx_lm.convert, or --format dense",
             ));
         }
-        "bailing_hybrid" | "bailing_moe_v3" => &["kv_b_proj"],
-        // What splits it reads affine codes there, and no others.
-        "deepseek_v3" | "deepseek_v32" | "glm4_moe_lite" | "glm_moe_dsa" | "kimi_k25"
-        | "kimi_k3" | "longcat_flash" | "mistral4"
-            if !is_affine =>
-        {
-            &["kv_b_proj"]
-        }
-        "kimi_linear" if is_affine => &["shared_experts"],
+        // Split in two, one transposed: of affine codes most models encode anew what they decoded, with the error
+        // of both, and fail where the group doesn't divide a head. Others can't read codes there.
+        "bailing_hybrid" | "bailing_moe_v3" | "deepseek_v3" | "deepseek_v32" | "glm4_moe_lite"
+        | "glm_moe_dsa" | "kimi_k25" | "kimi_k3" | "longcat_flash" | "mistral4" => &["kv_b_proj"],
         "kimi_linear" => &["shared_experts", "kv_b_proj"],
-        "longcat_flash_ngram" if is_affine => &["embed_tokens"],
         "longcat_flash_ngram" => &["embed_tokens", "kv_b_proj"],
         "spark2_5" => &["embed_tokens"],
         "minicpm" if shape("lm_head.weight").is_none() => &["embed_tokens"],

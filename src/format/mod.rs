@@ -568,7 +568,7 @@ mod tests {
         assert_eq!(kept("bnb-nf4", &json!({ "model_type": "blip-2" }), &[wo]), Ok(vec![]));
         let mla = ["self_attn.o_proj", "self_attn.kv_b_proj"];
         for (format, model_type, expected) in [
-            ("mlx", "kimi_k25", &mla[2..]),
+            ("mlx", "glm4_moe_lite", &mla[1..]),
             ("mlx-mxfp4", "kimi_k25", &mla[1..]),
             ("mlx", "bailing_hybrid", &mla[1..]),
             ("mlx", "deepseek_v2", &mla[2..]),
