@@ -29,6 +29,8 @@ pub(crate) trait Kernel {
 macro_rules! instantiate {
     ($kernel:expr, $features:literal) => {{
         #[target_feature(enable = $features)]
+        // A kernel that another runs is a function of its own to keep its loops apart from the other's.
+        #[inline(never)]
         fn compiled<K: Kernel>(kernel: K) {
             kernel.run();
         }

@@ -20,7 +20,7 @@ use crate::dtype::Dtype;
 use super::affine_refine::Refiner;
 use super::affine_search::Search;
 use super::chunks::{Chunks, Rows};
-use super::extremes::{ExtremeBits, Extremes, range, ranges_of_groups};
+use super::extremes::{Extremes, GroupExtremes, range};
 use super::grid::Grid;
 use super::int::MODERATE;
 use super::isa::{Isa, Kernel};
@@ -154,7 +154,7 @@ impl<E: Element> Kernel for Encode<'_, E> {
         let mut row_codes = vec![0; self.cols];
         let mut lines = vec![Line::default(); groups];
         let mut chunks = Chunks::new(group, self.cols);
-        let mut ranges = vec![ExtremeBits::<E::Bits>::ZERO; groups];
+        let mut ranges = GroupExtremes::<E::Bits>::new(group, self.cols);
         let [mut row_mins, mut row_maxs] = [(); 2].map(|()| vec![0.0; groups]);
         let [mut row_scales, mut row_biases] = [(); 2].map(|()| vec![0.0; groups]);
         let mut search = match quality {
@@ -183,7 +183,7 @@ impl<E: Element> Kernel for Encode<'_, E> {
                     }
                 }
                 None => {
-                    ranges_of_groups::<E>(row, group, &mut ranges);
+                    ranges.find_ranges::<E>(row);
                     // One thing after the other, for the compiler to do many groups at a time.
                     let extremes = row_mins.iter_mut().zip(&mut row_maxs);
                     for (bits, (min, max)) in ranges.iter().zip(extremes) {

@@ -19,9 +19,6 @@ pub(super) struct Chunks<P> {
     len: usize,
     /// Of each chunk, where a group has several.
     params: Vec<P>,
-    /// In lanes as wide as those that they are found in: those of a chunk would be narrowed one by
-    /// one.
-    codes: Aligned<[u32; BLOCK]>,
 }
 
 /// Something that starts with a line of the cache: the widest stores would span two, each.
@@ -33,7 +30,7 @@ impl<P: Copy + Default> Chunks<P> {
     /// For groups of `len` weights, a multiple of `CHUNK`, in rows of `cols`.
     pub(super) fn new(len: usize, cols: usize) -> Self {
         let params = vec![P::default(); if len == CHUNK { 0 } else { cols / CHUNK }];
-        Self { len, params, codes: Aligned([0; BLOCK]) }
+        Self { len, params }
     }
 
     /// Writes `code(weight, of_its_group)` for each weight of a row, and fetches the next one into the
@@ -54,11 +51,14 @@ impl<P: Copy + Default> Chunks<P> {
             }
             &self.params
         };
+        // In lanes as wide as those that they are found in: those of a chunk would be narrowed one by one.
+        // Here, where compilers know that it is nothing else's memory.
+        let mut codes = Aligned([0; BLOCK]);
         let rows = row.chunks(BLOCK).zip(next.chunks(BLOCK)).zip(out.chunks_mut(BLOCK));
         for (((row, next), out), params) in rows.zip(params.chunks(BLOCK / CHUNK)) {
             if E::PER_LANE == 2 {
                 let chunks = row.as_chunks::<CHUNK>().0;
-                let pairs = self.codes.0.as_chunks_mut::<PAIRS>().0.iter_mut().zip(params);
+                let pairs = codes.0.as_chunks_mut::<PAIRS>().0.iter_mut().zip(params);
                 for (((pairs, param), next), chunk) in
                     pairs.zip(next.as_chunks::<CHUNK>().0).zip(chunks)
                 {
@@ -69,19 +69,19 @@ impl<P: Copy + Default> Chunks<P> {
                         *out = u32::from(first) | u32::from(second) << 8;
                     }
                 }
-                for (pair, out) in self.codes.0.iter().zip(out.as_chunks_mut::<2>().0) {
+                for (pair, out) in codes.0.iter().zip(out.as_chunks_mut::<2>().0) {
                     *out = (*pair as u16).to_le_bytes();
                 }
             } else {
-                let codes = self.codes.0.as_chunks_mut::<CHUNK>().0.iter_mut().zip(params);
-                let codes = codes.zip(next.as_chunks::<CHUNK>().0);
-                for (((codes, param), next), chunk) in codes.zip(row.as_chunks::<CHUNK>().0) {
+                let lanes = codes.0.as_chunks_mut::<CHUNK>().0.iter_mut().zip(params);
+                let lanes = lanes.zip(next.as_chunks::<CHUNK>().0);
+                for (((lanes, param), next), chunk) in lanes.zip(row.as_chunks::<CHUNK>().0) {
                     prefetch(next);
-                    for (out, &raw) in codes.iter_mut().zip(chunk) {
+                    for (out, &raw) in lanes.iter_mut().zip(chunk) {
                         *out = code(E::widen(raw), *param).into();
                     }
                 }
-                for (code, out) in self.codes.0.iter().zip(out) {
+                for (code, out) in codes.0.iter().zip(out) {
                     *out = *code as u8;
                 }
             }

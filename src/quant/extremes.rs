@@ -4,6 +4,7 @@
 //! non-negative numbers order as they are, those of negative ones by magnitude; NaNs lie beyond infinity
 //! in both.
 
+use super::isa::prefetch;
 use super::tile::{Element, NAN};
 
 /// The smallest and largest value of a group.
@@ -25,6 +26,9 @@ impl Extremes {
 
 /// A bit pattern as a signed integer.
 pub(super) trait Bits: Copy + Ord + std::fmt::Debug {
+    /// An integer as large.
+    type Reversed: Copy + Ord + std::fmt::Debug;
+
     /// The smallest integer.
     const LOWEST: Self;
 
@@ -34,8 +38,11 @@ pub(super) trait Bits: Copy + Ord + std::fmt::Debug {
     /// That of the number zero.
     const ZERO: Self;
 
-    /// With the other sign: then those of negative numbers are the largest, and order by magnitude.
-    fn negated(self) -> Self;
+    /// Those of negative numbers become the largest, and order by magnitude.
+    fn reversed(self) -> Self::Reversed;
+
+    /// What was reversed.
+    fn restored(reversed: Self::Reversed) -> Self;
 
     /// Orders as the number does. Its own inverse.
     fn ordered(self) -> Self;
@@ -48,15 +55,22 @@ pub(super) trait Bits: Copy + Ord + std::fmt::Debug {
 }
 
 macro_rules! bits {
-    ($int:ty) => {
+    ($int:ty, $reversed:ty, $reverse:expr, $restore:expr) => {
         impl Bits for $int {
+            type Reversed = $reversed;
+
             const LOWEST: Self = Self::MIN;
             const HIGHEST: Self = Self::MAX;
             const ZERO: Self = 0;
 
             #[inline(always)]
-            fn negated(self) -> Self {
-                self ^ Self::MIN
+            fn reversed(self) -> $reversed {
+                $reverse(self)
+            }
+
+            #[inline(always)]
+            fn restored(reversed: $reversed) -> Self {
+                $restore(reversed)
             }
 
             #[inline(always)]
@@ -77,10 +91,11 @@ macro_rules! bits {
     };
 }
 
-bits!(i16);
-bits!(i32);
+bits!(i16, u16, i16::cast_unsigned, u16::cast_signed);
+// x86-64's baseline compares no integers of 32 bits without a sign.
+bits!(i32, i32, |bits| bits ^ i32::MIN, |bits| bits ^ i32::MIN);
 
-/// Extremes as bit patterns, which for all groups of a row are faster converted together.
+/// Extremes as bit patterns.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct ExtremeBits<B> {
     min: B,
@@ -88,68 +103,28 @@ pub(super) struct ExtremeBits<B> {
 }
 
 impl<B: Bits> ExtremeBits<B> {
-    pub(super) const ZERO: Self = Self { min: B::ZERO, max: B::ZERO };
-
-    /// As the extremes of a group are gathered, `min` negated: the largest integer is the smallest number.
-    const GATHERED: Self = Self { min: B::ZERO, max: B::ZERO };
-
     #[inline(always)]
-    fn gather(self, bits: B) -> Self {
-        Self { min: self.min.max(bits.negated()), max: self.max.max(bits) }
-    }
-
-    #[inline(always)]
-    fn gathered(self) -> Self {
-        Self { min: self.min.negated(), ..self }
+    pub(super) fn values<E: Element<Bits = B>>(self) -> Extremes {
+        Extremes { min: E::value(self.min), max: E::value(self.max) }
     }
 
     /// Whether one of them is the zero that is among the extremes.
     #[inline(always)]
     fn is_of_one_sign(self) -> bool {
-        self.min == B::ZERO.negated() || self.max == B::ZERO
-    }
-
-    #[inline(always)]
-    pub(super) fn values<E: Element<Bits = B>>(self) -> Extremes {
-        Extremes { min: E::value(self.min), max: E::value(self.max) }
+        self.min == B::LOWEST || self.max == B::ZERO
     }
 }
 
 /// The extremes of a group and zero. NaN for one of them if the group has a NaN of that sign.
 #[inline(always)]
 pub(super) fn extremes<E: Element>(group: &[E::Raw]) -> ExtremeBits<E::Bits> {
-    group.iter().fold(ExtremeBits::GATHERED, |all, &raw| all.gather(E::bits(raw))).gathered()
+    let zero = (E::Bits::LOWEST.reversed(), E::Bits::ZERO);
+    let bits = group.iter().map(|&raw| E::bits(raw));
+    let (low, max) = bits.fold(zero, |(low, max), bits| (low.max(bits.reversed()), max.max(bits)));
+    ExtremeBits { min: E::Bits::restored(low), max }
 }
 
-/// The same of each group of `len` weights.
-#[inline(always)]
-pub(super) fn extremes_of_groups<E: Element>(
-    row: &[E::Raw],
-    len: usize,
-    out: &mut [ExtremeBits<E::Bits>],
-) {
-    fold_groups(row, len, out, ExtremeBits::GATHERED, |all, raw| all.gather(E::bits(raw)));
-    for out in out {
-        *out = out.gathered();
-    }
-}
-
-/// The extremes of each group of `len` weights. NaN for one of them if the group has a NaN of that sign.
-#[inline(always)]
-pub(super) fn ranges_of_groups<E: Element>(
-    row: &[E::Raw],
-    len: usize,
-    out: &mut [ExtremeBits<E::Bits>],
-) {
-    extremes_of_groups::<E>(row, len, out);
-    for (group, out) in row.chunks_exact(len).zip(out) {
-        if out.is_of_one_sign() {
-            *out = range_of_one_sign::<E>(group);
-        }
-    }
-}
-
-/// The same of a group that has any weight.
+/// The same of a group that has any weight, without zero.
 #[inline(always)]
 pub(super) fn range<E: Element>(group: &[E::Raw]) -> ExtremeBits<E::Bits> {
     let extremes = extremes::<E>(group);
@@ -165,10 +140,94 @@ fn range_of_one_sign<E: Element>(group: &[E::Raw]) -> ExtremeBits<E::Bits> {
     ExtremeBits { min: min.ordered(), max: max.ordered() }
 }
 
+/// The extremes of a row's groups, the smallest ones and the largest: many are faster converted together.
+#[derive(Debug)]
+pub(super) struct GroupExtremes<B: Bits> {
+    /// Weights of a group.
+    len: usize,
+    mins: Vec<B::Reversed>,
+    maxs: Vec<B>,
+}
+
+impl<B: Bits> GroupExtremes<B> {
+    /// For groups of `len` weights, in rows of `cols`.
+    pub(super) fn new(len: usize, cols: usize) -> Self {
+        let groups = cols / len;
+        Self { len, mins: vec![B::LOWEST.reversed(); groups], maxs: vec![B::ZERO; groups] }
+    }
+
+    /// Finds the extremes of each group and zero, as [`extremes`] does.
+    #[inline(always)]
+    pub(super) fn find<E: Element<Bits = B>>(&mut self, row: &[E::Raw]) {
+        match self.len {
+            16 => self.find_in_arrays::<E, 16>(row),
+            32 => self.find_in_arrays::<E, 32>(row),
+            64 => self.find_in_arrays::<E, 64>(row),
+            128 => self.find_in_arrays::<E, 128>(row),
+            len => {
+                let out = self.mins.iter_mut().zip(&mut self.maxs);
+                for (group, (low, high)) in row.chunks_exact(len).zip(out) {
+                    let ExtremeBits { min, max } = extremes::<E>(group);
+                    (*low, *high) = (min.reversed(), max);
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn find_in_arrays<E: Element<Bits = B>, const LEN: usize>(&mut self, row: &[E::Raw]) {
+        let Self { mins, maxs, .. } = self;
+        let (groups, _) = row.as_chunks::<LEN>();
+        let reversed = |raw| E::bits(raw).reversed();
+        if E::SIZE == 2 {
+            for (group, (min, max)) in groups.iter().zip(mins.iter_mut().zip(&mut *maxs)) {
+                // As in `largest_of_arrays`.
+                prefetch(group);
+                // Both before either is stored, for the weights to be read once.
+                let smallest = largest(group, B::ZERO.reversed(), reversed);
+                let largest = largest(group, B::LOWEST, E::bits);
+                (*min, *max) = (smallest, largest);
+            }
+        } else {
+            // In 32 bits compilers don't see, of both together, that many lanes would do.
+            largest_of_arrays(groups, mins, B::ZERO.reversed(), reversed);
+            largest_of_arrays(groups, maxs, B::LOWEST, E::bits);
+        }
+        for (min, max) in mins.iter_mut().zip(maxs) {
+            (*min, *max) = ((*min).max(B::LOWEST.reversed()), (*max).max(B::ZERO));
+        }
+    }
+
+    /// Finds those of each group alone, as [`range`] does.
+    #[inline(always)]
+    pub(super) fn find_ranges<E: Element<Bits = B>>(&mut self, row: &[E::Raw]) {
+        self.find::<E>(row);
+        let out = self.mins.iter_mut().zip(&mut self.maxs);
+        for (group, (low, high)) in row.chunks_exact(self.len).zip(out) {
+            if (ExtremeBits { min: B::restored(*low), max: *high }).is_of_one_sign() {
+                let ExtremeBits { min, max } = range_of_one_sign::<E>(group);
+                (*low, *high) = (min.reversed(), max);
+            }
+        }
+    }
+
+    /// What was found of each group.
+    #[inline(always)]
+    pub(super) fn iter(&self) -> impl Iterator<Item = ExtremeBits<B>> {
+        let found = self.mins.iter().zip(&self.maxs);
+        found.map(|(&min, &max)| ExtremeBits { min: B::restored(min), max })
+    }
+}
+
 /// The largest magnitude of a group; NaN if it has any NaN, 0 if it is empty.
 #[inline(always)]
 pub(super) fn magnitude<E: Element>(group: &[E::Raw]) -> f32 {
-    E::value(group.iter().map(|&raw| E::bits(raw).magnitude()).fold(E::Bits::ZERO, Ord::max))
+    E::value(magnitude_bits::<E>(group))
+}
+
+#[inline(always)]
+fn magnitude_bits<E: Element>(group: &[E::Raw]) -> E::Bits {
+    largest(group, E::Bits::ZERO, |raw| E::bits(raw).magnitude())
 }
 
 /// The same of each group of `len` weights, the last of which may be shorter. `bits` lends the memory.
@@ -180,59 +239,50 @@ pub(super) fn magnitudes_of_groups<E: Element>(
     out: &mut [f32],
 ) {
     let bits = &mut bits[..out.len()];
-    fold_groups(row, len, bits, E::Bits::ZERO, |all, raw| all.max(E::bits(raw).magnitude()));
+    match len {
+        16 => magnitudes_of_arrays::<E, 16>(row, bits),
+        32 => magnitudes_of_arrays::<E, 32>(row, bits),
+        64 => magnitudes_of_arrays::<E, 64>(row, bits),
+        128 => magnitudes_of_arrays::<E, 128>(row, bits),
+        _ => {
+            for (group, bits) in row.chunks(len).zip(&mut *bits) {
+                *bits = magnitude_bits::<E>(group);
+            }
+        }
+    }
     for (out, bits) in out.iter_mut().zip(bits) {
         *out = E::value(*bits);
     }
 }
 
-/// Folds each group of `len`, the last of which may be shorter.
 #[inline(always)]
-fn fold_groups<R: Copy, T: Copy>(
-    row: &[R],
-    len: usize,
-    out: &mut [T],
-    none: T,
-    fold: impl Fn(T, R) -> T + Copy,
-) {
-    match len {
-        16 => fold_together::<R, T, 16, 8>(row, out, none, fold),
-        32 => fold_together::<R, T, 32, 4>(row, out, none, fold),
-        64 => fold_together::<R, T, 64, 2>(row, out, none, fold),
-        128 => fold_together::<R, T, 128, 1>(row, out, none, fold),
-        _ => {
-            for (group, out) in row.chunks(len).zip(out) {
-                *out = group.iter().copied().fold(none, fold);
-            }
-        }
+fn magnitudes_of_arrays<E: Element, const LEN: usize>(row: &[E::Raw], out: &mut [E::Bits]) {
+    let (groups, short) = row.as_chunks::<LEN>();
+    largest_of_arrays(groups, out, E::Bits::ZERO, |raw| E::bits(raw).magnitude());
+    if !short.is_empty() {
+        out[groups.len()] = magnitude_bits::<E>(short);
     }
 }
 
-/// Folds groups of `LEN`, `COUNT` at a time. Of one of the shorter ones at a time compilers unroll the loop,
-/// and then don't see that many lanes would do.
+/// The largest key of each group. None is smaller than `least`.
 #[inline(always)]
-fn fold_together<R: Copy, T: Copy, const LEN: usize, const COUNT: usize>(
-    row: &[R],
+fn largest_of_arrays<R: Copy, T: Copy + Ord, const LEN: usize>(
+    groups: &[[R; LEN]],
     out: &mut [T],
-    none: T,
-    fold: impl Fn(T, R) -> T + Copy,
+    least: T,
+    key: impl Fn(R) -> T + Copy,
 ) {
-    let (groups, short) = row.as_chunks::<LEN>();
-    let (blocks, rest) = groups.as_chunks::<COUNT>();
-    let (outs, rest_out) = out.split_at_mut(groups.len() - rest.len());
-    for (block, out) in blocks.iter().zip(outs.as_chunks_mut::<COUNT>().0) {
-        let mut folded = [none; COUNT];
-        for i in 0..LEN {
-            for (folded, group) in folded.iter_mut().zip(block) {
-                *folded = fold(*folded, group[i]);
-            }
-        }
-        *out = folded;
+    for (group, out) in groups.iter().zip(out) {
+        // Compilers leave a loop with a fetch as it is, one group after the other. Else some would do several
+        // at a time, gathering their weights one by one.
+        prefetch(group);
+        *out = largest(group, least, key);
     }
-    let rest = rest.iter().map(|group| &group[..]).chain([short]);
-    for (group, out) in rest.zip(rest_out) {
-        *out = group.iter().copied().fold(none, fold);
-    }
+}
+
+#[inline(always)]
+fn largest<R: Copy, T: Copy + Ord>(group: &[R], least: T, key: impl Fn(R) -> T) -> T {
+    group.iter().map(|&raw| key(raw)).fold(least, T::max)
 }
 
 #[cfg(test)]

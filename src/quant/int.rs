@@ -124,6 +124,7 @@ impl IntScheme {
         let zero_points = rest.first_mut().map_or(&mut [][..], |z| &mut **z);
         let group = self.group(tile.cols as u64) as usize;
         for_element!(dtype, E => isa.run(Encode::<E> {
+            isa,
             scheme: self,
             source: E::split(tile.data.bytes()),
             cols: tile.cols,
@@ -244,6 +245,7 @@ pub(super) struct Fit {
 
 /// The encoding of one tile.
 struct Encode<'a, E: Element> {
+    isa: Isa,
     scheme: &'a IntScheme,
     source: &'a [E::Raw],
     cols: usize,
@@ -268,7 +270,7 @@ impl<E: Element> Kernel for Encode<'_, E> {
         let mut row_codes = vec![0; self.cols.next_multiple_of(8)];
         let mut row_zeros = vec![0; groups];
         let mut row_fits = vec![Fit { scale: 0.0, zero_point: 0.0 }; groups];
-        let mut nearest = Nearest::<E>::new(range, symmetric, self.group, self.cols);
+        let mut nearest = Nearest::<E>::new(self.isa, range, symmetric, self.group, self.cols);
         let mut search = match quality {
             Quality::Reference => None,
             Quality::Search | Quality::Best => Some(Search::new(range, symmetric, self.group)),

@@ -1,8 +1,11 @@
 //! Codes rounded to nearest, as the tools do whose bytes are the reference.
 
+use std::marker::PhantomData;
+
 use super::chunks::{CHUNK, Chunks, Rows};
-use super::extremes::{ExtremeBits, Extremes, extremes_of_groups};
+use super::extremes::{Extremes, GroupExtremes};
 use super::int::{Codes, Fit, MODERATE};
+use super::isa::{Isa, Kernel};
 use super::tile::Element;
 
 /// The tool whose bytes a scheme has at reference quality; what it does is a search's first guess.
@@ -64,12 +67,13 @@ pub(super) fn codes<E: Element, T: Tool>(
 /// The encoding of rows at reference quality, with the memory for it.
 #[derive(Debug)]
 pub(super) struct Nearest<E: Element> {
+    isa: Isa,
     range: Codes,
     symmetric: bool,
     /// Weights of a group.
     len: usize,
+    extremes: GroupExtremes<E::Bits>,
     /// Of each group.
-    extremes: Vec<ExtremeBits<E::Bits>>,
     divided: Vec<Divided>,
     /// None where groups have loops of their own.
     chunks: Option<Chunks<Divided>>,
@@ -80,13 +84,14 @@ const LONG: usize = 256;
 
 impl<E: Element> Nearest<E> {
     /// For groups of `len` weights, in rows of `cols`.
-    pub(super) fn new(range: Codes, symmetric: bool, len: usize, cols: usize) -> Self {
+    pub(super) fn new(isa: Isa, range: Codes, symmetric: bool, len: usize, cols: usize) -> Self {
         let is_chunked = len < LONG && len.is_multiple_of(CHUNK);
         Self {
+            isa,
             range,
             symmetric,
             len,
-            extremes: vec![ExtremeBits::ZERO; cols / len],
+            extremes: GroupExtremes::new(len, cols),
             divided: vec![Divided::default(); cols / len],
             chunks: is_chunked.then(|| Chunks::new(len, cols)),
         }
@@ -100,14 +105,20 @@ impl<E: Element> Nearest<E> {
         out: &mut [u8],
         fits: &mut [Fit],
     ) {
-        extremes_of_groups::<E>(rows.row, self.len, &mut self.extremes);
+        self.extremes.find::<E>(rows.row);
         // Known to each loop, or it would have branches.
         if self.symmetric {
             self.fit::<T>(true, fits);
-            self.write::<T>(true, rows, out, fits);
+            self.isa.run(Write::<E, T, true> { nearest: self, rows, out, fits, tool: PhantomData });
         } else {
             self.fit::<T>(false, fits);
-            self.write::<T>(false, rows, out, fits);
+            self.isa.run(Write::<E, T, false> {
+                nearest: self,
+                rows,
+                out,
+                fits,
+                tool: PhantomData,
+            });
         }
     }
 
@@ -119,28 +130,37 @@ impl<E: Element> Nearest<E> {
             *divided = Divided::new::<E, T>(*fit);
         }
     }
+}
 
+/// The codes of a row whose groups are known. A function of its own, where compilers keep in registers what
+/// the loop needs.
+struct Write<'a, E: Element, T, const SYMMETRIC: bool> {
+    nearest: &'a mut Nearest<E>,
+    rows: Rows<'a, E::Raw>,
+    out: &'a mut [u8],
+    fits: &'a [Fit],
+    tool: PhantomData<T>,
+}
+
+impl<E: Element, T: Tool, const SYMMETRIC: bool> Kernel for Write<'_, E, T, SYMMETRIC> {
     #[inline(always)]
-    fn write<T: Tool>(
-        &mut self,
-        symmetric: bool,
-        rows: Rows<'_, E::Raw>,
-        out: &mut [u8],
-        fits: &[Fit],
-    ) {
-        let range = self.range;
-        if let Some(chunks) = &mut self.chunks {
-            chunks.encode::<E>(rows, &self.divided, out, |x, divided| {
-                T::code::<E>(range, symmetric, divided, x)
+    fn run(self) {
+        let Self { nearest, rows, out, fits, .. } = self;
+        let Nearest { range, len, divided, chunks, .. } = nearest;
+        let range = *range;
+        if let Some(chunks) = chunks {
+            chunks.encode::<E>(rows, divided, out, |x, divided| {
+                T::code::<E>(range, SYMMETRIC, divided, x)
             });
             if fits.iter().fold(true, |all, fit| all & is_moderate(fit)) {
                 return;
             }
         }
-        let groups = rows.row.chunks_exact(self.len).zip(out.chunks_exact_mut(self.len));
+        let is_chunked = chunks.is_some();
+        let groups = rows.row.chunks_exact(*len).zip(out.chunks_exact_mut(*len));
         for ((group, out), fit) in groups.zip(fits) {
-            if self.chunks.is_none() || !is_moderate(fit) {
-                codes::<E, T>(range, symmetric, *fit, group, out);
+            if !is_chunked || !is_moderate(fit) {
+                codes::<E, T>(range, SYMMETRIC, *fit, group, out);
             }
         }
     }

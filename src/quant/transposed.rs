@@ -74,10 +74,6 @@ const GEMM: [usize; 8] = [0, 2, 4, 6, 1, 3, 5, 7];
 /// Words that are transposed together: a line of the cache.
 const LANES: usize = 16;
 
-/// Rows whose scales and zeros are written together. Those of one row lie a line apart, and lines a power of
-/// two, where all want the same places of the cache.
-const EIGHT: usize = 8;
-
 impl TransposedScheme {
     pub(super) fn accepts(&self, dtype: Dtype, shape: &[u64]) -> Result<(), String> {
         let (rows, cols) = matrix(dtype, shape)?;
@@ -141,6 +137,7 @@ impl TransposedScheme {
         let fits = survey.fits();
         let [codes, scales, zeros] = out else { unreachable!("three parts") };
         for_element!(dtype, E => isa.run(Encode::<E> {
+            isa,
             scheme: self,
             source: E::split(tile.data.bytes()),
             rows: tile.rows,
@@ -351,6 +348,7 @@ impl<E: Element> Kernel for FitRows<'_, E> {
 
 /// The encoding of one tile.
 struct Encode<'a, E: Element> {
+    isa: Isa,
     scheme: &'a TransposedScheme,
     source: &'a [E::Raw],
     rows: usize,
@@ -372,7 +370,7 @@ impl<E: Element> Kernel for Encode<'_, E> {
         let group = self.scheme.group(cols as u64) as usize;
         let groups = cols / group;
         let range = Codes::offset(bits);
-        let mut nearest = Nearest::<E>::new(range, symmetric, group, cols);
+        let mut nearest = Nearest::<E>::new(self.isa, range, symmetric, group, cols);
         // Rows whose codes share a word, and words that a row's codes take part in.
         let (sharing, width) = match order {
             TransposedOrder::AwqGemm => (8, cols),
@@ -385,10 +383,7 @@ impl<E: Element> Kernel for Encode<'_, E> {
         let code_pitch = cols.next_multiple_of(8);
         let mut row_codes = vec![0; sharing * code_pitch];
         let mut fits = vec![Fit { scale: 0.0, zero_point: 0.0 }; groups];
-        let mut row_scales = vec![[0; 2]; groups];
-        let mut row_zeros = vec![0; groups];
-        let mut eight_scales = vec![[[0; 2]; EIGHT]; groups];
-        let mut eight_zeros = vec![[0; EIGHT]; groups];
+        let mut fit_lines = FitLines::new(groups);
         let zero_pitch = rows.next_multiple_of(8);
         // Those of symmetric codes are all the same, but for the padding.
         let mut zeros = vec![0; groups * zero_pitch];
@@ -429,26 +424,10 @@ impl<E: Element> Kernel for Encode<'_, E> {
                             nearest.encode_row::<GptqModel>(pair, codes, &mut fits);
                         }
                     }
-                    // All of a row, before they are scattered, for the compiler to do many at a time.
-                    for (fit, scale) in fits.iter().zip(&mut row_scales) {
-                        *scale = (F16::narrow(fit.scale) as u16).to_le_bytes();
-                    }
-                    for (eight, scale) in eight_scales.iter_mut().zip(&row_scales) {
-                        eight[r % EIGHT] = *scale;
-                    }
-                    if !symmetric {
-                        for (fit, zero) in fits.iter().zip(&mut row_zeros) {
-                            *zero = range.byte(fit.zero_point);
-                        }
-                        for (eight, zero) in eight_zeros.iter_mut().zip(&row_zeros) {
-                            eight[r % EIGHT] = *zero;
-                        }
-                    }
-                    if r % EIGHT == EIGHT - 1 || r + 1 == rows {
-                        put_eight(&eight_scales, scales, (rows, rows), r / EIGHT);
-                        if !symmetric {
-                            put_eight(&eight_zeros, &mut zeros, (zero_pitch, rows), r / EIGHT);
-                        }
+                    fit_lines.set(range, r % LANES, &fits);
+                    if r % LANES == LANES - 1 || r + 1 == rows {
+                        let zeros = if symmetric { &mut [][..] } else { &mut zeros };
+                        fit_lines.write(r / LANES * LANES, (scales, rows), (zeros, zero_pitch));
                     }
                 }
                 match order {
@@ -466,20 +445,57 @@ impl<E: Element> Kernel for Encode<'_, E> {
     }
 }
 
-/// Writes something of the `index`-th eight of so many rows, fewer at the end, for each group to a line,
-/// `pitch` from one another.
-#[inline(always)]
-fn put_eight<T: Copy>(
-    groups: &[[T; EIGHT]],
-    lines: &mut [T],
-    (pitch, rows): (usize, usize),
-    index: usize,
-) {
-    for (line, eight) in lines.chunks_exact_mut(pitch).zip(groups) {
-        let line = &mut line[index * EIGHT..rows];
-        match line.first_chunk_mut() {
-            Some(line) => *line = *eight,
-            None => line.copy_from_slice(&eight[..line.len()]),
+/// Scales and zeros of some rows, to be written together: those of one row belong to lines that are mostly a
+/// power of two from one another, and so would all want the same places of the cache.
+struct FitLines {
+    groups: usize,
+    /// Words of a scale and a zero, rows of them [`Self::pitch`] from one another.
+    rows: Vec<Word>,
+    /// The same, those of a group after one another.
+    turned: Vec<Word>,
+}
+
+impl FitLines {
+    /// For `LANES` rows of so many groups.
+    fn new(groups: usize) -> Self {
+        let words = |count| vec![[0; 4]; LANES * count];
+        Self { groups, rows: words(groups + LANES), turned: words(groups) }
+    }
+
+    /// Words from one row to the next; as of lines of codes, no power of two where the groups are one.
+    fn pitch(&self) -> usize {
+        self.groups + LANES
+    }
+
+    /// Takes in a row.
+    #[inline(always)]
+    fn set(&mut self, range: Codes, lane: usize, fits: &[Fit]) {
+        let pitch = self.pitch();
+        for (fit, word) in fits.iter().zip(&mut self.rows[lane * pitch..]) {
+            let zero = u32::from(range.byte(fit.zero_point));
+            *word = (F16::narrow(fit.scale) | zero << 16).to_le_bytes();
+        }
+    }
+
+    /// Writes what the rows from `first` on have of each group into its lines, of so many elements.
+    #[inline(always)]
+    fn write(
+        &mut self,
+        first: usize,
+        (scales, rows): (&mut [[u8; 2]], usize),
+        (zeros, zero_pitch): (&mut [u8], usize),
+    ) {
+        let lanes = (rows - first).min(LANES);
+        let pitch = self.pitch();
+        transpose(&self.rows, (pitch, lanes), &mut self.turned, LANES, 0);
+        let (turned, _) = self.turned.as_chunks::<LANES>();
+        for (words, line) in turned.iter().zip(scales.chunks_exact_mut(rows)) {
+            let scales = words.map(|[a, b, ..]| [a, b]);
+            line[first..][..lanes].copy_from_slice(&scales[..lanes]);
+        }
+        for (words, line) in turned.iter().zip(zeros.chunks_exact_mut(zero_pitch)) {
+            let zeros = words.map(|[.., zero, _]| zero);
+            line[first..][..lanes].copy_from_slice(&zeros[..lanes]);
         }
     }
 }
