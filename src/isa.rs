@@ -79,26 +79,39 @@ impl Isa {
     }
 }
 
-/// Asks for the cache lines of `data`, of at most two, without waiting for them. Nothing where
-/// there is no such instruction in stable Rust.
+/// Asks for the cache lines of `data`, of at most two, without waiting for them.
 #[inline(always)]
-#[cfg_attr(target_arch = "x86_64", expect(unsafe_code, reason = "an instruction by its name"))]
 pub(crate) fn prefetch<T, const N: usize>(data: &[T; N]) {
-    #[cfg(target_arch = "x86_64")]
-    {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        const LINE: usize = 64;
-        let start = data.as_ptr().cast::<i8>();
-        // SAFETY: it reads nothing, faults nowhere, and belongs to every x86-64.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(start) };
-        if size_of_val(data) > LINE {
-            // SAFETY: as above.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(start.wrapping_add(LINE)) };
-        }
+    const LINE: usize = 64;
+    let start = data.as_ptr().cast::<u8>();
+    prefetch_line(start);
+    if size_of_val(data) > LINE {
+        prefetch_line(start.wrapping_add(LINE));
     }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = data;
 }
+
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+#[expect(unsafe_code, reason = "an instruction by its name")]
+fn prefetch_line(line: *const u8) {
+    use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+    // SAFETY: it reads nothing, faults nowhere, and belongs to every x86-64.
+    unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) };
+}
+
+#[cfg(target_arch = "aarch64")]
+#[inline(always)]
+#[expect(unsafe_code, reason = "an instruction by its name, which stable Rust has no function for")]
+fn prefetch_line(line: *const u8) {
+    // SAFETY: it reads nothing, faults nowhere, and belongs to every aarch64.
+    unsafe {
+        std::arch::asm!("prfm pldl1keep, [{}]", in(reg) line, options(nomem, nostack, preserves_flags));
+    }
+}
+
+/// Nothing, where no instruction is known.
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+fn prefetch_line(_: *const u8) {}
 
 /// What the CPU has beyond the baseline.
 #[cfg(target_arch = "x86_64")]
