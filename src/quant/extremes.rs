@@ -287,7 +287,7 @@ fn largest<R: Copy, T: Copy + Ord>(group: &[R], least: T, key: impl Fn(R) -> T) 
 
 #[cfg(test)]
 mod tests {
-    use super::super::tile::{Bf16, F32};
+    use super::super::tile::{Bf16, F16, F32};
     use super::*;
 
     #[test]
@@ -340,6 +340,52 @@ mod tests {
                 let e = range::<F32>(&raw(&[other, nan])).values::<F32>();
                 assert!(e.min.is_nan() || e.max.is_nan());
             }
+        }
+    }
+
+    /// What is found of all groups of a row is what is found of each, of any length and in any type.
+    #[track_caller]
+    fn check_groups<E: Element>(row: &[E::Raw], len: usize) {
+        let bits = |e: Extremes| (e.min.to_bits(), e.max.to_bits());
+        let mut found = GroupExtremes::<E::Bits>::new(len, row.len());
+        let groups = || row.chunks(len);
+        found.find::<E>(row);
+        for (found, group) in found.iter().zip(groups()) {
+            assert_eq!(
+                bits(found.values::<E>()),
+                bits(extremes::<E>(group).values::<E>()),
+                "{len}"
+            );
+        }
+        found.find_ranges::<E>(row);
+        for (found, group) in found.iter().zip(groups()) {
+            assert_eq!(bits(found.values::<E>()), bits(range::<E>(group).values::<E>()), "{len}");
+        }
+        let short = &row[..row.len() - len / 2];
+        let count = short.len().div_ceil(len);
+        let mut magnitudes = vec![0.0; count];
+        magnitudes_of_groups::<E>(short, len, &mut vec![E::Bits::ZERO; count], &mut magnitudes);
+        for (found, group) in magnitudes.into_iter().zip(short.chunks(len)) {
+            assert_eq!(found.to_bits(), magnitude::<E>(group).to_bits(), "{len}");
+        }
+    }
+
+    #[test]
+    fn groups_of_a_row_have_the_extremes_of_each() {
+        // All patterns of 16 bits, of numbers or not, and as many longer ones; then groups of one sign.
+        let words: Vec<u16> = (0..=u16::MAX).map(|i| i.wrapping_mul(40503)).collect();
+        let one_sign = |sign: u16| words.iter().map(move |word| word & 0x7fff | sign);
+        let all: Vec<u16> =
+            words.iter().copied().chain(one_sign(0)).chain(one_sign(0x8000)).collect();
+        let short: Vec<[u8; 2]> = all.iter().map(|word| word.to_le_bytes()).collect();
+        let long: Vec<[u8; 4]> = all
+            .iter()
+            .map(|&word| (u32::from(word) << 16 | u32::from(word.reverse_bits())).to_le_bytes())
+            .collect();
+        for len in [8, 16, 32, 64, 128, 256] {
+            check_groups::<Bf16>(&short, len);
+            check_groups::<F16>(&short, len);
+            check_groups::<F32>(&long, len);
         }
     }
 }
