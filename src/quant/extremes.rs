@@ -1,8 +1,8 @@
 //! The smallest and largest weights of groups.
 //!
-//! Found among the bit patterns as signed integers, whose largest is exact in any order. Those of
-//! non-negative numbers order as they are, those of negative ones by magnitude; NaNs lie beyond infinity
-//! in both.
+//! Found among the bit patterns as integers, whose largest is exact in any order: the largest weight has the
+//! largest with a sign, the smallest the largest without one. Those of non-negative numbers order as they are,
+//! those of negative ones by magnitude; NaNs lie beyond infinity in both.
 
 use super::isa::prefetch;
 use super::tile::{Element, NAN};
